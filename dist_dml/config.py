@@ -1,0 +1,340 @@
+"""The configuration of a run: what every key means, its default, and which values are refused.
+
+Every model is frozen and refuses unknown keys. `dist_dml.config_loading` merges the defaults with a
+YAML file and the `section.key=value` arguments, and turns a refusal into one line with a remedy.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Range = tuple[Positive, Positive]
+
+
+class Section(BaseModel):
+    """Frozen and strict about keys; `1` is accepted where a float is asked for, "1" is not."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=False, use_attribute_docstrings=True
+    )
+
+
+class RunConfig(Section):
+    """Where a run lives and what makes it repeatable."""
+
+    name: str = "run"
+    """Name of the run: its folder below `root` and its name in MLflow."""
+    root: str = "runs"
+    """Folder that holds all runs and, by default, the MLflow database."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Every random number is drawn from this seed, a purpose, the step and the position in the
+    batch.
+    """
+    resume: str = "no"
+    """`no`: refuse a folder that already holds a run. `auto`: continue from its newest intact
+    checkpoint, or start. A path: continue from that checkpoint. `--resume VALUE` sets this key."""
+
+
+class ImageConfig(Section):
+    """What an image is when it reaches the network."""
+
+    size: Count = 224
+    """Height and width in pixels after the crop."""
+    channels: Literal[1, 3] = 3
+    """1 for grey images, 3 for RGB. Stored images of the other kind are converted."""
+    resize: Annotated[int, Field(ge=0)] = 256
+    """Short side in pixels before the crop; 0 resizes the whole image to `size` x `size`."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Per-channel mean of pixels in 0..1, subtracted on the device."""
+    std: tuple[Positive, ...] = (0.229, 0.224, 0.225)
+    """Per-channel standard deviation of pixels in 0..1, divided by on the device."""
+
+    @model_validator(mode="after")
+    def _channels_agree(self) -> ImageConfig:
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != self.channels:
+                raise ValueError(
+                    f"data.image.{name} has {len(getattr(self, name))} values for "
+                    f"data.image.channels={self.channels}; give one value a channel"
+                )
+        if 0 < self.resize < self.size:
+            raise ValueError(
+                f"data.image.resize={self.resize} is smaller than data.image.size={self.size}; "
+                "make resize at least as large as size, or 0"
+            )
+        return self
+
+
+class AugmentConfig(Section):
+    """Random changes of a training image, each drawn from its position in the batch."""
+
+    crop_scale: Range = (1.0, 1.0)
+    """Area of the random crop as a share of the image. (1, 1) takes the centre crop."""
+    crop_ratio: Range = (0.75, 4 / 3)
+    """Width over height of the random crop."""
+    horizontal_flip: Fraction = 0.0
+    """Probability of mirroring left and right."""
+    rotation_degrees: NonNegative = 0.0
+    """Largest rotation either way."""
+    zoom: Range = (1.0, 1.0)
+    """Range of the random magnification about the centre."""
+    shift: Fraction = 0.0
+    """Largest shift either way, as a share of the side."""
+    brightness: Fraction = 0.0
+    """Largest relative change of brightness."""
+    contrast: Fraction = 0.0
+    """Largest relative change of contrast."""
+    saturation: Fraction = 0.0
+    """Largest relative change of saturation (RGB only)."""
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Largest change of hue as a share of the colour circle (RGB only)."""
+    noise: NonNegative = 0.0
+    """Standard deviation of Gaussian noise in grey levels (0..255)."""
+
+    @model_validator(mode="after")
+    def _ranges_ordered(self) -> AugmentConfig:
+        for name in ("crop_scale", "crop_ratio", "zoom"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"data.augment.{name}=({low}, {high}) runs backwards; swap them")
+        if self.crop_scale[1] > 1:
+            raise ValueError(f"data.augment.crop_scale={self.crop_scale} exceeds 1, the image")
+        return self
+
+
+class DataConfig(Section):
+    """Which samples, in which batches."""
+
+    path: str = ""
+    """Folder of a packed or indexed data set: tars, index.parquet, classes.parquet, dataset.json.
+    
+    """
+    split: str = "train"
+    """Split to train on."""
+    num_classes: Annotated[int, Field(ge=0)] = 0
+    """Classes of the classifier; 0 takes the number of training classes in the catalogue."""
+    batch_size: Count = 128
+    """Rows of the global batch, over all workers and micro-batches: one optimizer step."""
+    drop_last: bool = False
+    """Leave out the short last batch of an epoch instead of training on it."""
+    loader_processes: Annotated[int, Field(ge=0)] = 1
+    """Decoding processes of each worker; 0 decodes in the training process."""
+    prefetch: Count = 4
+    """Micro-batches that each decoding process prepares ahead."""
+    image: ImageConfig = ImageConfig()
+    augment: AugmentConfig = AugmentConfig()
+
+
+class ModelConfig(Section):
+    """The embedder: a backbone and a neck."""
+
+    backbone: str = "small_conv"
+    """`small_conv`, `bn_inception` (paper C), or any timm model as `timm:NAME`."""
+    pretrained: bool = False
+    """Start from timm's published weights (downloads them)."""
+    weights: str = ""
+    """Start the backbone from this local file (safetensors, or a .pth of tensors only)."""
+    pooling: Literal["average", "max", "average_max", "gem"] = "average"
+    """How the feature map becomes one vector; paper B: average."""
+    embedding_dim: Annotated[int, Field(ge=0)] = 0
+    """Width of a linear layer after pooling; 0 uses the backbone's features directly (paper B)."""
+    norm: Literal["none", "batch", "layer"] = "none"
+    """Normalisation of the embedding, without affine parameters. Paper B: batch (but none on CUB).
+    
+    """
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout between embedding and classifier, never in retrieval. Paper B: 0.5."""
+    frozen_batch_norm: bool = False
+    """Batch norms of the backbone keep their statistics, also in training (papers B and C)."""
+
+
+class LossConfig(Section):
+    """The class-parallel objective."""
+
+    name: Literal["cross_entropy"] = "cross_entropy"
+    """The loss."""
+    similarity: Literal["linear", "cosine"] = "linear"
+    """Logits: inner products with an optional bias, or cosines times `scale`."""
+    scale: Positive = 16.0
+    """Factor of the cosines (1 / temperature); used with similarity=cosine."""
+    bias: bool = True
+    """One trainable number a class, added to its logit; used with similarity=linear."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Paper B's: the true class gets 1 - e and every other one e / (C - 1)."""
+    init_std: NonNegative = 0.01
+    """Standard deviation of the initial class weights, drawn by class id. Paper B: 0."""
+    tile_mebibytes: Positive = 256.0
+    """Most memory a step may use beyond class weights, their gradient and optimizer state."""
+
+
+class OptimizerConfig(Section):
+    """One kind of optimizer for the embedder and for the class weights."""
+
+    name: Literal["sgd", "adamw", "adam"] = "adamw"
+    """`sgd` (with momentum), `adamw` (decoupled decay) or `adam` (decay in the gradient)."""
+    learning_rate: Positive = 1e-3
+    """Peak learning rate of the embedder."""
+    class_multiplier: Positive = 1.0
+    """Learning rate of class weights and proxies over that of the embedder."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum of SGD."""
+    nesterov: bool = False
+    """Nesterov momentum of SGD."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
+        0.9,
+        0.999,
+    )
+    """Decay rates of Adam's two moments."""
+    epsilon: Positive = 1e-8
+    """Adam's epsilon."""
+    weight_decay: NonNegative = 1e-4
+    """Weight decay of parameters with two or more dimensions: biases and norms have none."""
+    class_weight_decay: NonNegative = 0.0
+    """Weight decay of the class weights."""
+    clip_norm: NonNegative = 0.0
+    """Largest norm of the embedder's gradient; 0 does not clip."""
+
+    @model_validator(mode="after")
+    def _nesterov_needs_momentum(self) -> OptimizerConfig:
+        if self.name == "sgd" and self.nesterov and self.momentum == 0:
+            raise ValueError(
+                "optimizer.nesterov=true needs momentum; set optimizer.momentum above 0 "
+                "or optimizer.nesterov=false"
+            )
+        return self
+
+
+class ScheduleConfig(Section):
+    """The factor of the learning rate at each step."""
+
+    name: Literal["constant", "cosine", "step"] = "cosine"
+    """After the warm-up: constant, cosine to `final_factor`, or steps down at `milestones`."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up; the factor is the smaller of warm-up and schedule (paper B)."""
+    final_factor: Fraction = 0.0
+    """Factor at the end of the cosine."""
+    milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.5, 0.75)
+    """Shares of the training at which `step` multiplies the factor by `decay`."""
+    decay: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Factor of each step down."""
+
+
+class TrainingConfig(Section):
+    """How long, and in how many pieces a batch is computed."""
+
+    epochs: Count = 10
+    """Passes over the training split."""
+    max_steps: Annotated[int, Field(ge=0)] = 0
+    """Stop after this many optimizer steps; 0 trains all epochs. The schedule follows the shorter.
+    
+    """
+    accumulate: Count = 1
+    """Micro-batches of each global batch: one backward each, one optimizer step for all."""
+
+
+class EngineConfig(Section):
+    """What replicates the embedder and in which precision."""
+
+    name: Literal["auto", "single", "ddp", "deepspeed"] = "auto"
+    """`auto`: DeepSpeed under its launcher, DDP with several workers, otherwise one process."""
+    zero_stage: Literal[0, 1, 2] = 0
+    """DeepSpeed's sharding of optimizer state (1) and gradients (2)."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Autocast of the embedder. float16 is refused: its loss scaling cannot reach the classifier.
+    
+    """
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: CUDA where there is one."""
+    threads: Annotated[int, Field(ge=0)] = 0
+    """CPU threads of each worker; 0 divides the cores among the workers of this machine."""
+    timeout_seconds: Positive = 600.0
+    """Longest wait for the other workers in one collective."""
+
+
+class CheckpointConfig(Section):
+    """What is kept of a run."""
+
+    every_steps: Annotated[int, Field(ge=0)] = 0
+    """Save every this many steps; 0 saves only at the end of epochs."""
+    every_epochs: Annotated[int, Field(ge=0)] = 1
+    """Save every this many epochs; 0 saves by steps and at the end only."""
+    keep_last: Count = 2
+    """Newest checkpoints to keep."""
+    best_metric: str = "unseen/cosine/map_at_r"
+    """Score whose best checkpoint is kept as well (higher is better); empty keeps none."""
+
+
+class ProtocolConfig(Section):
+    """One retrieval measurement."""
+
+    name: str
+    """First part of the names of its scores, for example `unseen`."""
+    query: str = "test"
+    """Split whose images are the queries."""
+    gallery: str = ""
+    """Split that is searched; empty searches the queries themselves, each without itself."""
+
+
+class EvaluationConfig(Section):
+    """What is measured, how often."""
+
+    every_epochs: Annotated[int, Field(ge=0)] = 1
+    """Evaluate every this many epochs; 0 evaluates only at the end."""
+    protocols: tuple[ProtocolConfig, ...] = (ProtocolConfig(name="unseen"),)
+    """The measurements."""
+    distances: tuple[Literal["cosine", "l2"], ...] = ("cosine", "l2")
+    """Distances to rank by."""
+    recall_at: tuple[Count, ...] = (1, 2, 4, 8)
+    """The K of Recall@K."""
+    nmi: bool = True
+    """Cluster the queries (FAISS k-means, one cluster a class) and report NMI, at the last
+    evaluation.
+    """
+    batch_size: Count = 256
+    """Images a worker embeds at a time."""
+
+
+class TrackingConfig(Section):
+    """What is written down while training."""
+
+    every_steps: Count = 10
+    """Steps between two records of loss, rates and times."""
+    mlflow: bool = True
+    """Mirror the records to MLflow, from a process of its own beside worker 0."""
+    mlflow_uri: str = ""
+    """Tracking server or database; empty uses sqlite in `run.root`."""
+    experiment: str = "dist_dml"
+    """MLflow experiment."""
+    system_metrics: bool = True
+    """Record processor, memory and GPU use in MLflow."""
+
+
+class Config(Section):
+    """A whole run. `dist-dml config schema` prints all of it as JSON Schema."""
+
+    run: RunConfig = RunConfig()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    training: TrainingConfig = TrainingConfig()
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Config:
+        if self.training.accumulate > self.data.batch_size:
+            raise ValueError(
+                f"training.accumulate={self.training.accumulate} exceeds "
+                f"data.batch_size={self.data.batch_size}; a micro-batch needs a row"
+            )
+        return self

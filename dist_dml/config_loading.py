@@ -1,0 +1,199 @@
+"""Defaults <- YAML <- `section.key=value`: one resolved configuration and each value's origin."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from dist_dml.config import Config
+from dist_dml.errors import UsageError
+
+# Keys that say where a run lives, not what it computes: they are left out of the hash.
+_PLACE_KEYS = ("run.name", "run.root", "run.resume")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers: PyYAML reads `1e-3` as text, because YAML 1.1 asks for a point."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?([0-9][0-9_]*)(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A configuration, and each dotted key's origin: `default`, a file's name or `argument`."""
+
+    config: Config
+    origins: Mapping[str, str]
+
+
+def resolve(path: str | Path | None, overrides: Sequence[str]) -> Resolved:
+    """The configuration of `--config path key=value ...`.
+
+    Raises:
+        UsageError: one line naming the key, what was given, what is expected, and near names.
+    """
+    origins = {key: "default" for key, _ in flatten(Config().model_dump())}
+    tree: dict[str, Any] = {}
+    if path:
+        _merge(tree, _read_yaml(Path(path)), "", origins, Path(path).name)
+    for text in overrides:
+        key, separator, value = text.partition("=")
+        if not separator or not key.strip("-"):
+            raise UsageError(
+                f"argument {text!r} is not understood; override a value as section.key=value, "
+                "for example optimizer.learning_rate=1e-3"
+            )
+        nested = _parse(value, f"argument {text!r}")
+        for part in reversed(key.split(".")):
+            nested = {part: nested}
+        _merge(tree, nested, "", origins, "argument")
+    return Resolved(_validate(tree), origins)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UsageError(
+            f"--config {path} cannot be read ({error.strerror}); give the path of a YAML file, "
+            "for example configs/demo.yaml"
+        ) from None
+    tree = _parse(text, str(path))
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UsageError(f"{path} holds a {type(tree).__name__}; expected sections such as `data:`")
+    return tree
+
+
+def _parse(text: str, source: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader: builds plain values only
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where else ""
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise UsageError(f"{source} is not valid YAML{line}: {problem}; mend it there") from None
+
+
+def _merge(
+    tree: dict[str, Any], update: Any, prefix: str, origins: dict[str, str], origin: str
+) -> None:
+    """Put `update` into `tree`, refusing unknown keys while their file is still known."""
+    model = _model_at(prefix)
+    if not isinstance(update, dict):
+        keys = ", ".join(model.model_fields)
+        raise UsageError(
+            f"{origin}: {prefix} is a section and got {update!r}; set one of its keys: {keys}"
+        )
+    for name, value in update.items():
+        key = f"{prefix}.{name}" if prefix else str(name)
+        if name not in model.model_fields:
+            raise UsageError(f"{origin}: unknown key {key!r}; {_did_you_mean(key, prefix)}")
+        annotation = model.model_fields[name].annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            _merge(tree.setdefault(name, {}), value, key, origins, origin)
+        else:
+            tree[name] = value
+            origins[key] = origin
+
+
+def _model_at(prefix: str) -> type[BaseModel]:
+    model: Any = Config
+    for part in filter(None, prefix.split(".")):
+        model = model.model_fields[part].annotation
+    return model
+
+
+def _did_you_mean(key: str, prefix: str) -> str:
+    """Near names: first neighbours in the section, then the same last part anywhere."""
+    known = [name for name, _ in flatten(Config().model_dump())]
+    siblings = list(_model_at(prefix).model_fields)
+    last = key.rsplit(".", 1)[-1]
+    # `lr` and `wd` are what the field writes; no measure of likeness finds them.
+    spelled_out = [
+        name for name in siblings if "".join(word[0] for word in name.split("_")) == last
+    ]
+    if spelled_out:
+        return f"did you mean {prefix}.{spelled_out[0]}?"
+    near = [
+        f"{prefix}.{name}" if prefix else name for name in difflib.get_close_matches(last, siblings)
+    ]
+    near += [name for name in known if name.rsplit(".", 1)[-1] == last]
+    near += difflib.get_close_matches(key, known, n=2, cutoff=0.75)
+    if near:
+        return f"did you mean {' or '.join(dict.fromkeys(near[:3]))}?"
+    return f"known here: {', '.join(siblings)}"
+
+
+def _validate(tree: dict[str, Any]) -> Config:
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UsageError(_explain(error)) from None
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem as one sentence, and how many more there are."""
+    first, *more = error.errors(include_url=False)
+    key = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        sentence = message
+    elif first["type"] == "extra_forbidden":
+        known = _item_model(first["loc"]).model_fields
+        sentence = f"unknown key {key!r}; known here: {', '.join(known)}"
+    else:
+        sentence = f"{key}={first['input']!r}: {message[:1].lower()}{message[1:]}"
+    return sentence + (f" (and {len(more)} more)" if more else "")
+
+
+def _item_model(location: tuple[int | str, ...]) -> type[BaseModel]:
+    """The section of a list's items: unknown keys elsewhere are caught while merging."""
+    field = _model_at(str(location[0])).model_fields[str(location[1])]
+    return get_args(field.annotation)[0]
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf; lists are leaves."""
+    for name, value in tree.items():
+        key = f"{prefix}.{name}" if prefix else name
+        if isinstance(value, Mapping):
+            yield from flatten(value, key)
+        else:
+            yield key, value
+
+
+def config_hash(config: Config) -> str:
+    """16 hexadecimal digits of what the run computes: equal for runs that differ in place only."""
+    leaves = {
+        key: value
+        for key, value in flatten(config.model_dump(mode="json"))
+        if key not in _PLACE_KEYS
+    }
+    return hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration as YAML that `resolve` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def differences(first: Config, second: Config) -> list[tuple[str, Any, Any]]:
+    """(key, first's value, second's value) wherever two configurations differ."""
+    ours, theirs = (dict(flatten(config.model_dump(mode="json"))) for config in (first, second))
+    return [(key, ours[key], theirs[key]) for key in ours if ours[key] != theirs[key]]

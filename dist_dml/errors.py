@@ -1,0 +1,9 @@
+"""The two ways in which a run ends early on purpose. Both print one line and no traceback."""
+
+
+class UsageError(ValueError):
+    """What the user gave cannot work: got, expected, which key, what to do. Exit code 2."""
+
+
+class RunError(RuntimeError):
+    """The run cannot go on, through no fault in its configuration. Exit code 1."""
