@@ -1,0 +1,156 @@
+"""Who is searched for whom: queries among themselves, or in a separate gallery.
+
+Every worker scores a contiguous slice of the queries against the whole gallery; the parts are
+concatenated in worker order and averaged once. The scores are the same for any slicing.
+
+Dimensions: `n` samples with embeddings of width `D`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float32, Int64
+
+from dist_dml.errors import RunError, UsageError
+from dist_dml.retrieval.clustering import cluster_nmi
+from dist_dml.retrieval.distances import Distance
+from dist_dml.retrieval.metrics import NO_LABEL, QueryScores, score_queries, summarise
+from dist_dml.retrieval.neighbours import NO_NEIGHBOUR, neighbour_blocks
+
+_TYPES = (np.dtype(np.float32), np.dtype(np.int64), np.dtype(np.int64))
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Embedded samples: row i of each array is one of them."""
+
+    vectors: Float32[np.ndarray, "n D"]
+    labels: Int64[np.ndarray, " n"]
+    """Classes, 0 and above."""
+    ids: Int64[np.ndarray, " n"]
+    """What tells a sample from all others of the data set, in whatever split it is."""
+
+    def __post_init__(self) -> None:
+        shapes = (self.vectors.shape[:1], self.labels.shape, self.ids.shape)
+        types = (self.vectors.dtype, self.labels.dtype, self.ids.dtype)
+        if len(set(shapes)) != 1 or self.vectors.ndim != 2 or types != _TYPES:
+            raise UsageError(
+                f"embeddings have vectors {self.vectors.shape} {types[0]}, labels {shapes[1]} "
+                f"{types[1]}, ids {shapes[2]} {types[2]}; "
+                "give (n, D) float32, (n,) int64, (n,) int64"
+            )
+        if self.labels.min(initial=0) < 0:
+            raise UsageError(f"a label is {self.labels.min()}; labels must be 0 and above")
+        # Finite float32 values cannot overflow a float64 sum, and inf - inf is NaN.
+        with np.errstate(invalid="ignore"):
+            broken = ~np.isfinite(self.vectors.sum(axis=1, dtype=np.float64))
+        if broken.any():
+            raise RunError(
+                f"{broken.sum()} of {len(self)} embeddings are not finite (the first has id "
+                f"{self.ids[broken.argmax()]}); the model has diverged, lower "
+                "optimizer.learning_rate or go back to an earlier checkpoint"
+            )
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+    def rows(self, selection: slice | np.ndarray) -> Embeddings:
+        """The samples at these rows."""
+        return Embeddings(self.vectors[selection], self.labels[selection], self.ids[selection])
+
+
+def relevant_counts(queries: Embeddings, gallery: Embeddings) -> Int64[np.ndarray, " q"]:
+    """`R` of each query: gallery items of its class, without the one that has the query's id.
+
+    Raises:
+        UsageError: if a query and a gallery item share an id but not the label.
+    """
+    classes, counts = np.unique(gallery.labels, return_counts=True)
+    place = np.searchsorted(classes, queries.labels).clip(max=len(classes) - 1)
+    of_class = np.where(classes[place] == queries.labels, counts[place], 0)
+    order = np.argsort(gallery.ids)
+    place = order[np.searchsorted(gallery.ids, queries.ids, sorter=order).clip(max=len(order) - 1)]
+    itself = gallery.ids[place] == queries.ids
+    disagree = itself & (gallery.labels[place] != queries.labels)
+    if disagree.any():
+        row = int(disagree.argmax())
+        raise UsageError(
+            f"id {queries.ids[row]} has label {queries.labels[row]} among the queries and "
+            f"{gallery.labels[place[row]]} in the gallery; "
+            "number the samples of both splits together"
+        )
+    return of_class - itself
+
+
+def score_slice(
+    queries: Embeddings,
+    gallery: Embeddings | None,
+    query_slice: slice,
+    distance: Distance,
+    recall_at: Sequence[int],
+) -> QueryScores:
+    """One worker's share of a measurement: the queries in `query_slice`, against the whole gallery.
+
+    `QueryScores.concatenate` over slices that follow each other equals the scores of all queries,
+    bit for bit: the number of neighbours is that of the largest class of *all* queries, and every
+    search has the same shape. Costs 2*s*g*D operations for a slice of s queries (filled up to
+    `block_rows(D)`) and about 80 bytes for each neighbour of a block of queries.
+
+    Args:
+        queries: all queries, also those of other workers.
+        gallery: what is searched; None searches the queries themselves. Either way a query never
+            finds the item with its own id, so with a separate gallery nothing is left out unless
+            ids coincide, as when the training set is the gallery of some of its own images.
+        query_slice: this worker's queries; may be empty.
+        distance: what to rank by.
+        recall_at: the K of Recall@K.
+    """
+    gallery = queries if gallery is None else gallery
+    if len(queries) == 0 or len(gallery) == 0:
+        raise RunError(
+            f"{len(queries)} queries and {len(gallery)} gallery images: nothing to score; check "
+            "the splits named in evaluation.protocols"
+        )
+    counts = relevant_counts(queries, gallery)
+    k = max(int(counts.max()), *recall_at, 1)
+    mine, counts = queries.rows(query_slice), counts[query_slice]
+    blocks = neighbour_blocks(mine.vectors, gallery.vectors, k, distance, mine.ids, gallery.ids)
+    # The empty part keeps the arrays' types for a worker without queries.
+    nothing = np.empty((0, k), dtype=np.int64)
+    parts = [score_queries(nothing, mine.labels[:0], counts[:0], recall_at)]
+    for rows, indices, _ in blocks:
+        labels = np.where(indices == NO_NEIGHBOUR, NO_LABEL, gallery.labels[indices])
+        parts.append(score_queries(labels, mine.labels[rows], counts[rows], recall_at))
+    return QueryScores.concatenate(parts)
+
+
+def measure(
+    queries: Embeddings,
+    gallery: Embeddings | None,
+    distances: Sequence[Distance],
+    recall_at: Sequence[int],
+    nmi: bool,
+    seed: int,
+) -> dict[str, float]:
+    """All scores of one protocol in one process: `cosine/recall_at_1`, `l2/map_at_r`, ...
+
+    Args:
+        queries: what is searched for.
+        gallery: what is searched; None searches the queries themselves, each without itself.
+        distances: what to rank by, one after the other.
+        recall_at: the K of Recall@K.
+        nmi: also cluster the queries and add `cosine/nmi`, ...
+        seed: of the clustering.
+    """
+    scores: dict[str, float] = {}
+    for distance in distances:
+        every = score_slice(queries, gallery, slice(0, len(queries)), distance, recall_at)
+        for name, value in summarise(every).items():
+            scores[f"{distance.name}/{name}"] = value
+        if nmi:
+            value = cluster_nmi(queries.vectors, queries.labels, distance, seed)
+            scores[f"{distance.name}/nmi"] = value
+    return scores
