@@ -1,0 +1,86 @@
+"""`dist-dml track sync RUN_FOLDER`: send to MLflow what it does not have of a run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from dist_dml.errors import RunError, UsageError
+from dist_dml.tracking import run_files
+from dist_dml.tracking.destination import destination_of, root_of, stored_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `dist-dml track`."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    sync = actions.add_parser("sync", help="send to MLflow what it does not have of a run")
+    sync.add_argument("folder", type=Path, nargs="+", metavar="RUN_FOLDER")
+    sync.add_argument("--uri", help="tracking server or database; default: the run's own config")
+    sync.add_argument("--experiment", help="default: the run's own config")
+    sync.add_argument(
+        "--status",
+        choices=("FINISHED", "FAILED", "KILLED"),
+        help="how a run ended that could not say so itself, as when its machine went down",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Replay each folder and say where it is now. May be repeated at any time.
+
+    Raises:
+        UsageError: for a folder that holds no run, or if MLflow is not installed.
+        RunError: if the store does not answer. What it has taken until then is noted.
+    """
+    for folder in arguments.folder:
+        sync(folder, arguments.uri, arguments.experiment, arguments.status)
+    return 0
+
+
+def sync(folder: Path, uri: str | None, experiment: str | None, status: str | None) -> None:
+    """Replay one run folder. None stands for what the run's config says. Errors as `run`."""
+    config = stored_config(folder)
+    tracking = config.tracking.model_copy(
+        update={
+            "mlflow_uri": config.tracking.mlflow_uri if uri is None else uri,
+            "experiment": experiment or config.tracking.experiment,
+        }
+    )
+    root = root_of(folder, config.run.name)
+    destination = destination_of(tracking, root, config.run.name)
+    if status is not None:
+        _note_end(folder, status)
+    # Before MLflow is imported, which reads them. A server that answers at all does so in 30 s.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+    try:
+        from dist_dml.tracking.mlflow_mirror import mirror_once
+
+        run_id = mirror_once(folder, destination)
+    except ImportError:
+        raise UsageError("mlflow is not installed; run `pip install 'dist_dml[mlflow]'`") from None
+    except (UsageError, RunError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise RunError(
+            f"MLflow at {destination.uri} did not take {folder} ({reason}); nothing is lost: "
+            "repeat the command when it answers, or give another store with --uri"
+        ) from None
+    state = run_files.last_status(folder).get("status", "of unknown status")
+    print(
+        f"{folder} is in MLflow: {destination.uri}, experiment {destination.experiment!r}, "
+        f"run {run_id}, {state}"
+    )
+    if state == "RUNNING":
+        print("  if it no longer runs, say how it ended: --status KILLED")
+
+
+def _note_end(folder: Path, status: str) -> None:
+    from dist_dml.tracking.recorder import Recorder
+
+    recorder = Recorder(folder)
+    recorder.note_end(status)
+    recorder.close()
