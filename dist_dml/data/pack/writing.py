@@ -1,0 +1,178 @@
+"""What every packer shares: shards written once, in parallel, resumable, and indexed at the end."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from dist_dml.data.index import Index
+from dist_dml.data.index_command import build_index, write_json
+from dist_dml.data.progress import ProgressLine
+from dist_dml.data.shards import write_shard
+from dist_dml.errors import RunError, UsageError
+
+PACK_FILE = "pack.json"
+_TAR_BYTES_PER_SAMPLE = 3072
+"""Headers and padding of three members."""
+
+Render = Callable[[Any], Mapping[str, str | bytes]]
+"""Makes the members of one sample from its description; a pure function that can be pickled."""
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """One tar to be: its name and the descriptions of its samples, in order."""
+
+    name: str
+    samples: tuple[Any, ...]
+
+
+def plan_shards(split: str, samples: Sequence[Any], shard_samples: int) -> list[ShardPlan]:
+    """Cut the samples of a split into tars `SPLIT-%06d.tar` of `shard_samples` each."""
+    return [
+        ShardPlan(f"{split}-{number:06d}.tar", tuple(samples[start : start + shard_samples]))
+        for number, start in enumerate(range(0, len(samples), shard_samples))
+    ]
+
+
+def write_pack(
+    out: Path,
+    shards: Sequence[ShardPlan],
+    render: Render,
+    source: Mapping[str, Any],
+    made_with: Mapping[str, str],
+    expected_bytes: int,
+    processes: int = 0,
+) -> Index:
+    """Write the shards that `out` does not hold yet, then the index.
+
+    `pack.json` records `source` and `made_with`; it is written first, so that a pack which was
+    interrupted goes on, and one with other parameters is refused instead of being mixed in. The
+    bytes of a shard do not depend on `processes`.
+
+    Args:
+        out: data set folder; made if missing.
+        shards: all shards of the data set.
+        render: see `Render`.
+        source: what the data depend on; goes to `dataset.json` and into the fingerprint.
+        made_with: versions of the programs that draw or encode; a pack is not resumed with others.
+        expected_bytes: size of all members, for the check of the disk.
+        processes: writing processes; 0 takes one per core.
+
+    Raises:
+        UsageError: `out` holds something else, or the disk is too small.
+        RunError: the disk fills up meanwhile.
+    """
+    _claim(out, source, made_with, shards)
+    missing = [shard for shard in shards if not (out / shard.name).exists()]
+    total = sum(len(shard.samples) for shard in shards)
+    share = sum(len(shard.samples) for shard in missing) / max(total, 1)
+    _check_space(out, int(share * (expected_bytes + total * _TAR_BYTES_PER_SAMPLE)))
+    if len(missing) < len(shards):
+        print(f"{out}: {len(shards) - len(missing)} of {len(shards)} shards are there already")
+    progress = ProgressLine("pack", float(sum(len(s.samples) for s in missing)), "images")
+    try:
+        for count in _written(partial(_write_one, out, render), missing, processes):
+            progress.advance(float(count))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunError(
+            f"{out}: the disk is full; free some space and run the same command again, "
+            "it goes on with the next shard"
+        ) from None
+    progress.finish()
+    return build_index(out, source=source)
+
+
+def _write_one(out: Path, render: Render, shard: ShardPlan) -> int:
+    return write_shard(out / shard.name, map(render, shard.samples))
+
+
+def _written(
+    write: Callable[[ShardPlan], int], shards: Sequence[ShardPlan], processes: int
+) -> Iterator[int]:
+    """Write the shards, the given number at a time; yields the samples of each."""
+    processes = min(processes or available_cores(), len(shards))
+    if processes <= 1:
+        yield from map(write, shards)
+        return
+    # Forked children of a process that runs threads can hang; a forkserver has none.
+    with ProcessPoolExecutor(processes, mp_context=get_context("forkserver")) as pool:
+        yield from pool.map(write, shards)
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def _claim(
+    out: Path,
+    source: Mapping[str, Any],
+    made_with: Mapping[str, str],
+    shards: Sequence[ShardPlan],
+) -> None:
+    """Make `out` the folder of this pack, or refuse.
+
+    Raises:
+        UsageError: it belongs to another pack, or holds tars that no packer made.
+    """
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: is a file; give the folder of a new data set")
+    out.mkdir(parents=True, exist_ok=True)
+    content = {"source": dict(source), "made_with": dict(made_with)}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    path = out / PACK_FILE
+    if path.exists():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            same = found["hash"] == digest
+        except (ValueError, KeyError, TypeError):
+            raise UsageError(f"{path} is damaged; delete {out} or choose another folder") from None
+        if not same:
+            raise UsageError(
+                f"{out}: holds a pack made with other parameters ({_differences(found, content)}); "
+                "delete it, choose another folder or repeat its parameters"
+            )
+    else:
+        foreign = sorted(tar.name for tar in out.glob("*.tar"))
+        if foreign:
+            raise UsageError(
+                f"{out}: holds shards that are not of this pack ({foreign[0]}); choose another "
+                f"folder, or index them with `dist-dml index {out}`"
+            )
+        write_json(path, {**content, "hash": digest})
+    extra = {tar.name for tar in out.glob("*.tar")} - {shard.name for shard in shards}
+    if extra:
+        raise UsageError(f"{out}: {min(extra)} is not of this pack; move it elsewhere")
+
+
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The parameters that differ, as `name=there (now here)`, three at most."""
+    lines = []
+    for part in ("source", "made_with"):
+        old, new = found.get(part, {}), wanted[part]
+        for name in sorted(old.keys() | new.keys()):
+            if old.get(name) != new.get(name):
+                lines.append(f"{name}={old.get(name)!s:.40} (now {new.get(name)!s:.40})")
+    return ", ".join(lines[:3]) or "the record differs"
+
+
+def _check_space(out: Path, needed: int) -> None:
+    free = shutil.disk_usage(out).free
+    if free < needed:
+        raise UsageError(
+            f"{out}: the pack needs about {needed / 2**20:,.0f} MiB and the disk has "
+            f"{free / 2**20:,.0f} MiB free; free some space or choose another folder"
+        )
