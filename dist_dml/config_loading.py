@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -21,15 +21,40 @@ from dist_dml.errors import UsageError
 _PLACE_KEYS = ("run.name", "run.root", "run.resume")
 
 
+_FLOAT = re.compile(r"^[-+]?([0-9][0-9_]*)(\.[0-9_]*)?[eE][-+]?[0-9]+$")
+_BOOLEAN = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers: PyYAML reads `1e-3` as text, because YAML 1.1 asks for a point."""
+    """YAML 1.2's plain values, and no key twice.
+
+    PyYAML follows 1.1, where `1e-3` is text (it asks for a point), `no` is false and 2026-01-01 a
+    date: `resume: no` and `name: 2026-01-01` mean text here.
+    """
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, form) for tag, form in forms if not tag.endswith((":bool", ":timestamp"))]
+        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuses what PyYAML answers by silently keeping the last of equal keys."""
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                problem = f"the key {key.value!r} is there twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?([0-9][0-9_]*)(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that YAML 1.1 or 1.2 would read as something else."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOLEAN, list("tTfF"))
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
 @dataclass(frozen=True)
@@ -57,7 +82,8 @@ def resolve(path: str | Path | None, overrides: Sequence[str]) -> Resolved:
                 f"argument {text!r} is not understood; override a value as section.key=value, "
                 "for example optimizer.learning_rate=1e-3"
             )
-        nested = _parse(value, f"argument {text!r}")
+        # Nothing after the sign is the empty text (`checkpoint.best_metric=`), not YAML's null.
+        nested = _parse(value, f"argument {text!r}") if value.strip() else ""
         for part in reversed(key.split(".")):
             nested = {part: nested}
         _merge(tree, nested, "", origins, "argument")
@@ -67,9 +93,10 @@ def resolve(path: str | Path | None, overrides: Sequence[str]) -> Resolved:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise UsageError(
-            f"--config {path} cannot be read ({error.strerror}); give the path of a YAML file, "
+            f"--config {path} cannot be read ({reason}); give the path of a YAML file, "
             "for example configs/demo.yaml"
         ) from None
     tree = _parse(text, str(path))
@@ -125,11 +152,11 @@ def _did_you_mean(key: str, prefix: str) -> str:
     siblings = list(_model_at(prefix).model_fields)
     last = key.rsplit(".", 1)[-1]
     # `lr` and `wd` are what the field writes; no measure of likeness finds them.
-    spelled_out = [
-        name for name in siblings if "".join(word[0] for word in name.split("_")) == last
-    ]
-    if spelled_out:
-        return f"did you mean {prefix}.{spelled_out[0]}?"
+    here = [f"{prefix}.{name}" for name in siblings] if prefix else []
+    for name in (*here, *known):
+        words = name.rsplit(".", 1)[-1].split("_")
+        if len(words) > 1 and "".join(word[0] for word in words) == last:
+            return f"did you mean {name}?"
     near = [
         f"{prefix}.{name}" if prefix else name for name in difflib.get_close_matches(last, siblings)
     ]
@@ -190,7 +217,7 @@ def config_hash(config: Config) -> str:
 
 def to_yaml(config: Config) -> str:
     """The whole configuration as YAML that `resolve` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
 
 def differences(first: Config, second: Config) -> list[tuple[str, Any, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -12,9 +13,13 @@ import time
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
+from dist_dml.errors import print_failure
+
 _POLL_SECONDS = 0.5
 # How long a worker that lost its peers waits for the reason that one of them may be writing.
 _REASON_SECONDS = 3.0
+# How long the first failure stays for the others to read its reason; one that hangs cannot hold it.
+_READ_SECONDS = 10.0
 
 
 class FailureBoard:
@@ -25,13 +30,18 @@ class FailureBoard:
     machine, so that each screen shows the reason once.
     """
 
-    def __init__(self, store: TCPStore, rank: int, local_rank: int, attempt: str) -> None:
+    def __init__(
+        self, store: TCPStore, rank: int, size: int, local_rank: int, attempt: str
+    ) -> None:
         self._store = store
         self._rank = rank
+        self._size = size
         self._local_rank = local_rank
+        self._seen_key = f"workers that know of it {attempt}"
         self._key = f"first failure {attempt}"
         self._closed = threading.Event()
         self._lock = threading.Lock()
+        self._acknowledged = False
 
     def report(self, reason: str, exit_code: int) -> None:
         """Write and print the reason if it is the first; give the others time to see it."""
@@ -48,8 +58,29 @@ class FailureBoard:
             first = mine  # The store died with its worker: say at least what is known here.
         if first == mine:
             print_failure(reason)
-        # The store may live in this process; the others need a moment to read it.
-        time.sleep(3 * _POLL_SECONDS)
+            self._wait_for_readers()
+        else:
+            self._acknowledge()
+
+    def _wait_for_readers(self) -> None:
+        """Stay until all others have read the reason: the store may live in this process."""
+        deadline = time.monotonic() + _READ_SECONDS
+        try:
+            while time.monotonic() < deadline:
+                if self._store.add(self._seen_key, 0) >= self._size - 1:
+                    return
+                time.sleep(_POLL_SECONDS / 5)
+        except (RuntimeError, dist.DistError):
+            return  # The store went first; nobody reads any more.
+
+    def _acknowledge(self) -> None:
+        """Count this worker among the readers, once, though two threads may come here."""
+        with self._lock:
+            acknowledged, self._acknowledged = self._acknowledged, True
+        if acknowledged:
+            return
+        with contextlib.suppress(RuntimeError, dist.DistError):
+            self._store.add(self._seen_key, 1)
 
     def first_reason(self) -> dict | None:
         """The first failure, if one is known within a few seconds."""
@@ -105,9 +136,5 @@ class FailureBoard:
             print_failure(failure["reason"])
         sys.stdout.flush()
         sys.stderr.flush()
+        self._acknowledge()
         os._exit(failure["exit_code"])
-
-
-def print_failure(reason: str) -> None:
-    """The one line that a failed run ends with."""
-    print(f"dist_dml: error: {' '.join(reason.split())}", file=sys.stderr, flush=True)

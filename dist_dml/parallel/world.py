@@ -125,7 +125,7 @@ def start_world(config: EngineConfig, ranks: Ranks) -> World:
     failures = None
     if isinstance(store, TCPStore):
         watched = store.clone()  # pyright: ignore[reportAttributeAccessIssue]  (not in its stub)
-        failures = FailureBoard(watched, ranks.rank, ranks.local_rank, attempt)
+        failures = FailureBoard(watched, ranks.rank, ranks.size, ranks.local_rank, attempt)
         failures.watch()
     return World(ranks, device, dist.group.WORLD, failures)
 

@@ -1,0 +1,73 @@
+# Every target sets up what it needs in .venv and says what it does. `make` alone lists them.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO_DATA := datasets/glyphs
+DEMO_RUN := runs/demo
+# Two workers on a machine without GPUs share its cores; one thread each is the fastest there.
+DEMO_WORKERS ?= 2
+
+.PHONY: help setup demo test test-slow lint format ui bench clean
+
+help:
+	@echo "make setup      install dist_dml and everything it needs into $(VENV) (about 3 minutes)"
+	@echo "make demo       pack glyphs, train with 2 deepspeed workers, score unseen classes"
+	@echo "make test       the tests (under 10 minutes on 2 cores)"
+	@echo "make test-slow  faults, killed workers and the documented commands, end to end"
+	@echo "make lint       ruff (format, check) and pyright"
+	@echo "make ui         the MLflow UI over the runs in runs/"
+	@echo "make bench      time the class-parallel head against PyTorch's own"
+	@echo "make clean      remove $(VENV), runs/ and datasets/"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@echo "== setup: dist_dml and its dependencies into $(VENV)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "dist_dml needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all]'
+	@touch $@
+
+demo: $(READY)
+	@echo "== demo 1/3: draw characters of the installed typefaces into WebDataset shards"
+	$(BIN)/dist-dml pack glyphs $(DEMO_DATA)
+	@echo "== demo 2/3: train with $(DEMO_WORKERS) workers, each owning a share of the classes"
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/deepspeed --num_accelerators $(DEMO_WORKERS) \
+		dist_dml/train.py --config configs/demo.yaml --resume auto
+	@echo "== demo 3/3: scores on classes never seen in training"
+	$(BIN)/dist-dml evaluate --run $(DEMO_RUN) --baselines
+	@echo
+	@echo "look at the run:  make ui    (or: $(BIN)/dist-dml ui --root runs)"
+
+test: $(READY)
+	@echo "== test: everything but the slow tests"
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(READY)
+	@echo "== test-slow: several processes, injected faults, documented commands"
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)
+	@echo "== lint: ruff and pyright"
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+ui: $(READY)
+	@echo "== ui: MLflow over the runs in runs/"
+	$(BIN)/dist-dml ui --root runs
+
+bench: $(READY)
+	@echo "== bench: the class-parallel head against PyTorch's own functions, ratios in one run"
+	$(BIN)/python tools/bench_head.py
+
+clean:
+	rm -rf $(VENV) runs datasets

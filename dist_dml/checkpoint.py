@@ -1,0 +1,338 @@
+"""Checkpoints: atomic, verified, without pickles, and loadable on another number of workers.
+
+A checkpoint is a folder `checkpoints/step-%09d/`:
+
+- `embedder.safetensors`: weights and buffers by parameter name;
+- `optimizer.safetensors`: the embedder's optimizer state by `parameter|key`, the same for all
+engines;
+- `classes-%05d-of-%05d.safetensors`: one worker's class weights and their optimizer state;
+- `config.yaml`, and `manifest.json`: where training stood, the class range and checksum of every
+file.
+
+It is written under a temporary name, the manifest last, and renamed when all workers have finished:
+under its final name a checkpoint is complete. Several machines need a file system that they share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dist_dml.engine import Engine
+from dist_dml.errors import RunError, UsageError
+from dist_dml.parallel.classifier import ClassParallelClassifier
+from dist_dml.parallel.collectives import gather_objects
+from dist_dml.parallel.world import World
+
+FORMAT_VERSION = 1
+_EMBEDDER, _OPTIMIZER, _MANIFEST = "embedder.safetensors", "optimizer.safetensors", "manifest.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stood: all that a resumed run needs besides tensors.
+
+    Random numbers are drawn from (seed, purpose, step, position), so `step` restores them all.
+    """
+
+    step: int = 0
+    """Optimizer steps done."""
+    images_seen: int = 0
+    seconds: float = 0.0
+    """Training time so far, of all runs together."""
+    best_score: float | None = None
+    best_step: int | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of `manifest.json`.
+
+    Attributes:
+        plan: what the order of samples depends on: seed, batch size and so on, data fingerprint.
+        num_classes: classes of the classifier.
+        class_files: [start, stop, file name] of each worker's classes.
+        files: bytes and sha256 of every file.
+    """
+
+    progress: Progress
+    plan: dict[str, Any]
+    num_classes: int
+    config_hash: str
+    class_files: list[tuple[int, int, str]]
+    files: dict[str, dict[str, Any]]
+    format_version: int = FORMAT_VERSION
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What goes into a checkpoint besides the tensors."""
+
+    progress: Progress
+    plan: dict[str, Any]
+    config_yaml: str
+    config_hash: str
+
+
+def save_checkpoint(
+    folder: Path,
+    contents: Contents,
+    engine: Engine,
+    classifier: ClassParallelClassifier,
+    world: World,
+) -> Path:
+    """Write a checkpoint; called by all workers together. Returns its folder.
+
+    Raises:
+        RunError: on every worker, if any of them could not write. Nothing under a final name has
+            changed then, and the temporary folder is removed.
+    """
+    final = folder / f"step-{contents.progress.step:09d}"
+    temporary = final.with_name(final.name + ".tmp")
+    tensors = {}
+    optimizer_state = engine.optimizer_tensors()
+    if world.is_first:
+        tensors[_EMBEDDER] = dict(engine.embedder.state_dict())
+        tensors[_OPTIMIZER] = optimizer_state
+    partition = classifier.partition
+    class_file = f"classes-{world.rank:05d}-of-{world.size:05d}.safetensors"
+    tensors[class_file] = classifier.shard_tensors()
+
+    try:
+        _agree(world, lambda: _start_folder(temporary) if world.is_first else None)
+        written = _agree(world, lambda: _write_files(temporary, tensors, contents, world))
+        parts = gather_objects((partition.start, partition.stop, class_file), world.group)
+        files = {name: entry for worker in written for name, entry in worker.items()}
+        manifest = Manifest(
+            contents.progress,
+            contents.plan,
+            partition.num_classes,
+            contents.config_hash,
+            parts,
+            files,
+        )
+        _agree(world, lambda: _finish(temporary, final, manifest) if world.is_first else None)
+    except RunError:
+        # All have agreed to give up. Removed earlier, the folder would vanish under a worker that
+        # still writes, whose own error would then hide the reason.
+        if world.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+def _agree(world: World, action: Callable[[], Any]) -> list[Any]:
+    """Every worker's result, or the same RunError on all: nobody waits for one that gave up."""
+    try:
+        outcome, problem = action(), None
+    except (OSError, SafetensorError) as error:
+        outcome, problem = None, f"worker {world.rank}: {error}"
+    outcomes = gather_objects((outcome, problem), world.group)
+    for _, reason in outcomes:
+        if reason is not None:
+            raise RunError(
+                f"the checkpoint was not written ({reason}); free space or mend the disk below "
+                "run.root: earlier checkpoints are untouched, resume with --resume auto"
+            )
+    return [result for result, _ in outcomes]
+
+
+def _start_folder(temporary: Path) -> None:
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+
+
+def _write_files(
+    temporary: Path, tensors: dict[str, dict[str, Tensor]], contents: Contents, world: World
+) -> dict[str, dict[str, Any]]:
+    entries = {}
+    for name, values in tensors.items():
+        # Tensors may be views of one another's storage (DDP's buckets), which is refused.
+        on_cpu = {key: value.detach().cpu().contiguous() for key, value in values.items()}
+        save_file(on_cpu, temporary / name)
+        entries[name] = _flushed_entry(temporary / name)
+    if world.is_first:
+        (temporary / "config.yaml").write_text(contents.config_yaml, encoding="utf-8")
+        entries["config.yaml"] = _flushed_entry(temporary / "config.yaml")
+    return entries
+
+
+def _flushed_entry(path: Path) -> dict[str, Any]:
+    """Bytes and checksum of a file that has reached the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _finish(temporary: Path, final: Path, manifest: Manifest) -> None:
+    """Manifest last, then the rename that makes the checkpoint visible, each flushed to disk."""
+    path = temporary / _MANIFEST
+    contents = asdict(manifest)
+    contents["sha256"] = _manifest_checksum(contents)
+    path.write_text(json.dumps(contents, indent=1), encoding="utf-8")
+    _flushed_entry(path)
+    _flush_folder(temporary)
+    if final.exists():  # A resumed run has come to a step that was saved before.
+        shutil.rmtree(final)
+    temporary.rename(final)
+    _flush_folder(final.parent)
+
+
+def _manifest_checksum(contents: dict[str, Any]) -> str:
+    """The checksum of the manifest itself, which no other file vouches for."""
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def prune_checkpoints(folder: Path, keep_last: int, best_step: int | None) -> None:
+    """Remove all but the newest `keep_last` checkpoints and the best one."""
+    steps = sorted(_steps(folder))
+    kept = {*steps[-keep_last:], best_step}
+    for step in steps:
+        if step not in kept:
+            shutil.rmtree(folder / f"step-{step:09d}", ignore_errors=True)
+
+
+def _steps(folder: Path) -> list[int]:
+    names = [path.name for path in folder.glob("step-*") if path.suffix != ".tmp"]
+    return [int(name.removeprefix("step-")) for name in names if name[5:].isdigit()]
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """The manifest of a checkpoint folder.
+
+    Raises:
+        UsageError: if it is missing, not JSON, lacks a field, or is of another format version.
+    """
+    path = checkpoint / _MANIFEST
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        version = raw["format_version"]
+        if version != FORMAT_VERSION:
+            raise UsageError(
+                f"checkpoint {checkpoint} has format {version}, this version reads "
+                f"{FORMAT_VERSION}; resume with the version that wrote it"
+            )
+        if raw.pop("sha256") != _manifest_checksum(raw):
+            raise _unreadable(checkpoint, f"{_MANIFEST} does not have the checksum it should")
+        progress = Progress(**raw.pop("progress"))
+        parts = [(int(a), int(b), str(name)) for a, b, name in raw.pop("class_files")]
+        return Manifest(progress=progress, class_files=parts, **raw)
+    except OSError as error:
+        raise _unreadable(checkpoint, f"{_MANIFEST}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise _unreadable(checkpoint, f"{_MANIFEST} is damaged") from None
+
+
+def verify_checkpoint(checkpoint: Path) -> Manifest:
+    """Read the manifest and compare every file's size and checksum with it.
+
+    Raises:
+        UsageError: naming the first file that is missing, short or altered.
+    """
+    manifest = read_manifest(checkpoint)
+    for name, entry in manifest.files.items():
+        try:
+            size = (checkpoint / name).stat().st_size
+            if size != entry["bytes"]:
+                raise _unreadable(checkpoint, f"{name} has {size} bytes, not {entry['bytes']}")
+            with (checkpoint / name).open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise _unreadable(checkpoint, f"{name}: {error.strerror}") from None
+        if digest != entry["sha256"]:
+            raise _unreadable(checkpoint, f"{name} does not have the checksum it was written with")
+    return manifest
+
+
+def _unreadable(checkpoint: Path, reason: str) -> UsageError:
+    return UsageError(
+        f"checkpoint {checkpoint} is unreadable ({reason}); resume from another one with "
+        "--resume PATH, or remove it and use --resume auto"
+    )
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path, Manifest] | None:
+    """The newest intact checkpoint below `folder`; damaged newer ones are passed over.
+
+    Raises:
+        UsageError: if there are checkpoints, but none is intact.
+    """
+    problem: UsageError | None = None
+    for step in sorted(_steps(folder), reverse=True):
+        path = folder / f"step-{step:09d}"
+        try:
+            return path, verify_checkpoint(path)
+        except UsageError as error:
+            problem = problem or error
+    if problem is not None:
+        raise problem
+    return None
+
+
+def load_embedder_tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """Weights and buffers of the embedder."""
+    return load_file(checkpoint / _EMBEDDER)
+
+
+def load_optimizer_state(checkpoint: Path) -> dict[str, Tensor]:
+    """The embedder's optimizer state by `parameter|key`."""
+    return load_file(checkpoint / _OPTIMIZER)
+
+
+def load_classes(checkpoint: Path, manifest: Manifest, classifier: ClassParallelClassifier) -> None:
+    """Fill a worker's classes from whichever files hold them, for any number of workers then or
+    now.
+
+    Raises:
+        UsageError: if the checkpoint has another number of classes.
+    """
+    partition = classifier.partition
+    if manifest.num_classes != partition.num_classes:
+        raise UsageError(
+            f"checkpoint {checkpoint} has {manifest.num_classes} classes, the data "
+            f"{partition.num_classes}; resume with its data set and data.num_classes"
+        )
+    pieces: dict[str, list[Tensor]] = {}
+    for start, stop, name in sorted(manifest.class_files):
+        first, last = max(start, partition.start), min(stop, partition.stop)
+        if first >= last:
+            continue
+        with safe_open(checkpoint / name, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (not a mapping)
+                rows = file.get_slice(key)
+                scalar = rows.get_shape() == []
+                piece = file.get_tensor(key) if scalar else rows[first - start : last - start]
+                pieces.setdefault(key, []).append(piece)
+    joined = {
+        key: parts[0] if parts[0].ndim == 0 else _join(parts) for key, parts in pieces.items()
+    }
+    classifier.load_shard_tensors(joined)
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    import torch
+
+    return torch.cat(parts)

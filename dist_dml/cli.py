@@ -1,0 +1,67 @@
+"""`dist-dml COMMAND`. Imports only the command that it runs."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from dist_dml.command_line import run_command
+
+# Command -> module with `add_arguments(parser)` and `run(arguments) -> int`, and one line of help.
+COMMANDS = {
+    "train": ("dist_dml.train", "train an embedding (also under deepspeed, torchrun, srun)"),
+    "evaluate": ("dist_dml.evaluate", "score a run's checkpoint and write its report"),
+    "config": ("dist_dml.config_command", "show, diff or describe configurations"),
+    "pack glyphs": ("dist_dml.data.pack.glyphs", "draw characters of the installed typefaces"),
+    "pack folder": ("dist_dml.data.pack.folder", "pack a class_name/image.jpg tree"),
+    "index": ("dist_dml.data.index_command", "index anybody's WebDataset tars"),
+    "track": ("dist_dml.tracking.sync_command", "send what MLflow has missed"),
+    "ui": ("dist_dml.tracking.ui_command", "open the MLflow UI on this machine"),
+}
+GROUPS = ("pack",)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; a user's mistake ends in one line and exit code 2."""
+    try:
+        exit_code = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()  # A reader that is gone is noticed here, not at the interpreter's end.
+        return exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (head, less) has had enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(arguments: list[str]) -> int:
+    name = " ".join(arguments[:2]) if arguments[:1] and arguments[0] in GROUPS else ""
+    name = name if name in COMMANDS else (arguments[0] if arguments else "")
+    if name not in COMMANDS:
+        return _print_help(arguments)
+    module = importlib.import_module(COMMANDS[name][0])
+    return run_command(f"dist-dml {name}", module, arguments[len(name.split()) :])
+
+
+def _print_help(arguments: list[str]) -> int:
+    """All commands, or those of a group; exit code 2 unless help was asked for."""
+    group = arguments[0] if arguments and arguments[0] in GROUPS else ""
+    shown = [name for name in COMMANDS if name.startswith(group)]
+    asked = any(text in ("-h", "--help") for text in arguments)
+    stream = sys.stdout if asked else sys.stderr
+    if arguments and not asked and not group:
+        near = difflib.get_close_matches(arguments[0], [*COMMANDS, *GROUPS], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        print(f"dist-dml: unknown command {arguments[0]!r}{hint}", file=stream)
+    print(f"usage: dist-dml {group or 'COMMAND'} ...   (each command has --help)\n", file=stream)
+    for name in shown:
+        print(f"  {name:<14} {COMMANDS[name][1]}", file=stream)
+    return 0 if asked else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""From words on a command line to one command and its exit code. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NoReturn
+
+from dist_dml.errors import RunError, UsageError, print_failure
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, like every other refusal, and not once for every worker."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print with its usage."""
+        raise UsageError(f"{message}; see `{self.prog} --help`")
+
+
+def run_command(prog: str, module: ModuleType, argv: Sequence[str]) -> int:
+    """Parse `argv` with `module.add_arguments`, call `module.run`, return the exit code.
+
+    Exit codes: what the command returns, 1 for a `RunError`, 2 for a `UsageError`, 130 for Ctrl-C.
+    """
+    parser = CommandParser(
+        prog=prog,
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    try:
+        return module.run(_parse(parser, argv))
+    except (UsageError, RunError) as error:
+        # Every worker of a group finds the same mistake in the same words; one of them says so.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print_failure(str(error))
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Options between overrides are fine: `a.b=1 --resume auto c.d=2`."""
+    try:
+        return parser.parse_intermixed_args(argv)
+    except TypeError:  # Not offered for commands that have commands of their own.
+        return parser.parse_args(argv)

@@ -1,0 +1,96 @@
+"""From a command line to a running worker and an exit code: what train and evaluate share.
+
+Exit codes: 0 done, 1 failed, 2 bad usage or configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from dist_dml.config_loading import Resolved, resolve
+from dist_dml.errors import RunError, UsageError, print_failure
+from dist_dml.parallel.world import World, environment_ranks, start_world, stop_world
+
+Body = Callable[[Resolved, World, argparse.Namespace], None]
+
+# How errors of a collective begin whose other side has gone away.
+_LOST_PEER = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "NCCL", "gloo")
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--config FILE section.key=value ...`, and what launchers append."""
+    parser.add_argument("--config", default="", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    # The deepspeed launcher appends it; ranks come from the environment.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+
+
+def run_worker(body: Body, arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Resolve the configuration, join the other workers, run `body`, leave in good order.
+
+    A failure of one worker ends all: its reason is printed once a machine.
+
+    Raises:
+        UsageError: for what every worker finds before they meet, see `run_command`.
+        RunError: if they do not meet.
+    """
+    ranks = environment_ranks()
+    resolved = resolve(arguments.config, [*arguments.overrides, *overrides])
+    world = start_world(resolved.config.engine, ranks)
+    try:
+        body(resolved, world, arguments)
+        stop_world(world)
+    except KeyboardInterrupt:
+        return 130
+    except BaseException as error:
+        return _end_all(world, error)
+    return 0
+
+
+def _exit_code(error: BaseException) -> int:
+    return 2 if isinstance(error, UsageError) else 1
+
+
+def _end_all(world: World, error: BaseException) -> int:
+    """Report a failure to the other workers, or learn that this one only follows from theirs."""
+    known = isinstance(error, (UsageError, RunError))
+    if world.failures is None:
+        if not known:
+            traceback.print_exception(error)
+        print_failure(_reason(error))
+        return _exit_code(error)
+    if not known and (first := world.failures.first_reason()) is not None:
+        code = first["exit_code"]
+    else:
+        if not known and not _is_lost_peer(error):
+            traceback.print_exception(error)
+        world.failures.report(_reason(error), code := _exit_code(error))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A worker that failed cannot leave its process group in good order: others wait inside it.
+    os._exit(code)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, (UsageError, RunError)):
+        return str(error)
+    if _is_lost_peer(error):
+        return (
+            "another worker is gone without a word: it was killed or its machine failed; look at "
+            "its own output, then start again with --resume auto"
+        )
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory ({_first_line(error)}); lower data.batch_size or use more workers"
+    return f"{type(error).__name__}: {_first_line(error)} (an error of dist_dml; please report it)"
+
+
+def _is_lost_peer(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _LOST_PEER)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0]

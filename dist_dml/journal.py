@@ -1,0 +1,219 @@
+"""What the training loop writes and shows, and the times it measures."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dist_dml.checkpoint import Progress
+from dist_dml.config import Config
+from dist_dml.data.loader import Batch
+from dist_dml.engine import engine_name
+from dist_dml.errors import RunError
+from dist_dml.parallel.classifier import ObjectiveOutput
+from dist_dml.parallel.world import World
+from dist_dml.tracking.live import LiveLine
+from dist_dml.tracking.mirror import Mirror, start_mirror
+from dist_dml.tracking.plots import save_figure, training_curves
+from dist_dml.tracking.recorder import Recorder, read_metrics
+from dist_dml.tracking.run_files import identify_run
+from dist_dml.training_run import TrainingRun, run_facts
+
+# How long the end of a run waits for MLflow to take the last records. Nothing is lost after it.
+_MIRROR_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A finished step whose numbers are still on the device: one loss a micro-batch."""
+
+    progress: Progress
+    rows: int
+    losses: list[Tensor]
+    corrects: list[Tensor]
+
+
+class Journal:
+    """Records of the loop. All workers keep one, worker 0 alone writes and shows.
+
+    Losses stay on the device until the log is due and are then fetched together, each under its own
+    step; every worker looks whether they are finite, as all see the same.
+    """
+
+    def __init__(self, config: Config, run: TrainingRun, world: World) -> None:
+        """Worker 0 opens the files and starts the mirror to MLflow, which takes milliseconds."""
+        self._every_steps = config.tracking.every_steps
+        self._writes = world.is_first
+        self._outputs: list[ObjectiveOutput] = []
+        self._steps: list[_Step] = []
+        self._images = 0
+        self._seconds_before = run.start.seconds
+        self._running_since: float | None = None
+        self._seconds = 0.0
+        self._flushed_seconds = 0.0
+        self._wait_seconds = 0.0
+        self._flushed_wait = 0.0
+        self._recorder: Recorder | None = None
+        self._mirror: Mirror | None = None
+        self._line: LiveLine | None = None
+        self.table = ""
+        if not self._writes:
+            return
+        self._recorder = Recorder(run.folder)
+        identify_run(run.folder, run_facts(config, run))
+        self._recorder.note_artifact(run.folder / "config.yaml")
+        if config.tracking.mlflow:
+            root = Path(config.run.root)
+            self._mirror = start_mirror(run.folder, config.tracking, root, config.run.name)
+        self._line = LiveLine(run.total_steps)
+        self._line.message(_headline(config, run, world))
+
+    def begin(self, progress: Progress) -> None:
+        """Start the training clock."""
+        self._running_since = time.perf_counter()
+        if self._line is not None:
+            self._line.begin(progress.step, progress.images_seen, self._wait_seconds)
+
+    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches, with the time spent waiting for each added up."""
+        iterator = iter(batches)
+        while True:
+            started = time.perf_counter()
+            batch = next(iterator, None)
+            self._wait_seconds += time.perf_counter() - started
+            if batch is None:
+                return
+            yield batch
+
+    def add(self, output: ObjectiveOutput) -> None:
+        """Take one micro-batch's loss, without fetching it."""
+        self._outputs.append(output)
+
+    def training_seconds(self) -> float:
+        """Training time of all runs together, without evaluations and checkpoints."""
+        running = 0.0
+        if self._running_since is not None:
+            running = time.perf_counter() - self._running_since
+        return self._seconds_before + self._seconds + running
+
+    def step_done(self, progress: Progress, epoch: int, factor: float, rows: int) -> None:
+        """Close a step; every `tracking.every_steps` write down those since the last time.
+
+        Raises:
+            RunError: if a loss is not finite.
+        """
+        losses = [output.loss for output in self._outputs]
+        corrects = [output.num_correct for output in self._outputs]
+        self._steps.append(_Step(progress, rows, losses, corrects))
+        self._outputs = []
+        self._images += rows
+        loss = None
+        if progress.step % self._every_steps == 0:
+            loss = self._flush({"train/learning_rate_factor": factor, "train/epoch": epoch})
+        if self._line is not None:
+            self._line.update(
+                progress.step, epoch, progress.images_seen, self._wait_seconds, loss=loss
+            )
+
+    def pause(self) -> None:
+        """Stop the clock for an evaluation or a checkpoint; what is pending is written first.
+
+        Raises:
+            RunError: if a loss is not finite: such a model must be neither scored nor saved.
+        """
+        self._flush({})
+        if self._running_since is not None:
+            self._seconds += time.perf_counter() - self._running_since
+            self._running_since = None
+
+    def resume(self, progress: Progress) -> None:
+        """Start the clock again, if it was stopped."""
+        if self._running_since is None:
+            self.begin(progress)
+
+    def _flush(self, also: Mapping[str, float]) -> float | None:
+        """Fetch the pending losses in one transfer and record them. Returns the last loss."""
+        if not self._steps:
+            return None
+        losses = torch.stack([torch.stack(step.losses).sum() for step in self._steps]).tolist()
+        corrects = torch.stack([torch.stack(step.corrects).sum() for step in self._steps]).tolist()
+        for step, loss, correct in zip(self._steps, losses, corrects, strict=True):
+            if not math.isfinite(loss):
+                raise RunError(
+                    f"the loss of step {step.progress.step} is {loss}; lower "
+                    "optimizer.learning_rate or set optimizer.clip_norm, and continue from the "
+                    "last checkpoint with --resume auto"
+                )
+            self.record(step.progress, {"train/loss": loss, "train/accuracy": correct / step.rows})
+        now = self.training_seconds() - self._seconds_before
+        seconds = max(now - self._flushed_seconds, 1e-9)
+        wait = self._wait_seconds - self._flushed_wait
+        rates = {
+            "time/images_per_second": self._images / seconds,
+            "time/data_wait_share": min(1.0, wait / seconds),
+        }
+        self.record(self._steps[-1].progress, {**rates, **also})
+        self._steps, self._images = [], 0
+        self._flushed_seconds, self._flushed_wait = now, self._wait_seconds
+        return losses[-1]
+
+    def record(self, progress: Progress, values: dict[str, float]) -> None:
+        """Write numbers under a step (worker 0)."""
+        if self._recorder is not None:
+            self._recorder.record(progress.step, progress.images_seen, progress.seconds, values)
+
+    def say(self, text: str) -> None:
+        """Show a line above the progress (worker 0)."""
+        if self._line is not None:
+            self._line.message(text)
+
+    def note_figure(self, path: Path) -> None:
+        """Have a picture mirrored to MLflow."""
+        if self._recorder is not None:
+            self._recorder.note_figure(path)
+
+    def fail(self, status: str) -> None:
+        """Leave in bad order: the mirror sees it and ends by itself, the error is told
+        elsewhere."""
+        if self._line is not None:
+            self._line.close()
+        if self._recorder is not None:
+            self._recorder.note_end(status)
+            self._recorder.close()
+
+    def finish(self, config: Config, run: TrainingRun) -> None:
+        """Draw the curves, wait a bounded time for MLflow, print scores and where all lies."""
+        if self._recorder is None or self._line is None:
+            return
+        self._line.close()
+        path = run.folder / "report" / "curves.png"
+        save_figure(training_curves(read_metrics(run.folder), config.run.name), path)
+        self._recorder.note_figure(path)
+        self._recorder.note_end("FINISHED")
+        self._recorder.close()
+        missing = self._mirror.finish(_MIRROR_SECONDS) if self._mirror is not None else None
+        print(f"\n{self.table}\n")
+        print(f"run:         {run.folder}/ (metrics.jsonl, checkpoints/, report/)")
+        if config.tracking.mlflow:
+            print(missing or f"MLflow:      dist-dml ui --root {config.run.root}")
+        sys.stdout.flush()
+
+
+def _headline(config: Config, run: TrainingRun, world: World) -> str:
+    """What is about to run, on one line."""
+    parameters = sum(p.numel() for p in run.engine.embedder.parameters())
+    partition = run.classifier.partition
+    start = f", from step {run.start.step}" if run.start.step else ""
+    return (
+        f"{run.folder}: {run.total_steps} steps{start} of {config.data.batch_size} images, "
+        f"{partition.num_classes} classes over {world.size} worker(s) "
+        f"({partition.size} on the first), {parameters / 1e6:.2f} M backbone parameters, "
+        f"{engine_name(config, world)} on {world.device.type}, {config.engine.precision}"
+    )

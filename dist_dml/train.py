@@ -1,0 +1,208 @@
+"""ENTRY: train an embedding. Read from `train` downwards.
+
+All of these run the same `main`, with ranks from the environment alone:
+`deepspeed dist_dml/train.py --config F a.b=v`, `torchrun ... dist_dml/train.py`,
+`python -m dist_dml.train`, `srun python -m dist_dml.train`, `dist-dml train`.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if __name__ == "__main__":  # Run by path: this folder must not hide installed packages.
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from dist_dml.checkpoint import Contents, Progress, prune_checkpoints, save_checkpoint
+from dist_dml.command_line import run_command
+from dist_dml.config import Config
+from dist_dml.config_loading import Resolved, config_hash, to_yaml
+from dist_dml.data.loader import Batch, training_batches
+from dist_dml.engine import Engine
+from dist_dml.entry import add_config_arguments, run_worker
+from dist_dml.evaluate import embed_with, measure_protocols, tables, write_gallery
+from dist_dml.journal import Journal
+from dist_dml.keyed_random import key_of, row_keys
+from dist_dml.parallel.classifier import ClassParallelClassifier, ObjectiveOutput
+from dist_dml.parallel.world import World
+from dist_dml.schedule import learning_rate_factor
+from dist_dml.training_run import TrainingRun, prepare
+
+
+def train(resolved: Resolved, world: World, arguments: argparse.Namespace) -> None:
+    """Train, evaluate and save as configured; called by all workers together."""
+    config = resolved.config
+    run = prepare(config, world)
+    journal = Journal(config, run, world)
+    try:
+        loop(config, run, world, journal)
+    except BaseException as error:
+        journal.fail("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        raise
+    journal.finish(config, run)
+
+
+def loop(config: Config, run: TrainingRun, world: World, journal: Journal) -> None:
+    """The training loop. One iteration is one micro-batch; a step ends with a batch's last one."""
+    engine, classifier, plan = run.engine, run.classifier, run.plan
+    progress = run.start
+    batches = training_batches(
+        run.index,
+        plan,
+        config.data,
+        config.run.seed,
+        world.rank,
+        world.size,
+        progress.step,
+        run.total_steps,
+    )
+    engine.embedder.train()
+    journal.begin(progress)
+    for batch in journal.timed(batches):
+        last = batch.micro == config.training.accumulate - 1
+        factor = learning_rate_factor(batch.step, run.total_steps, config.schedule)
+        batch_rows = plan.num_rows(batch.step)
+        output = train_step(batch, engine, classifier, batch_rows, factor, last, config.run.seed)
+        journal.add(output)
+        if not last:
+            continue
+
+        progress = replace(
+            progress,
+            step=batch.step + 1,
+            images_seen=progress.images_seen + batch_rows,
+            seconds=journal.training_seconds(),
+        )
+        epoch, within = divmod(progress.step, plan.steps_per_epoch)
+        ends_epoch, ends_run = within == 0, progress.step == run.total_steps
+        journal.step_done(progress, epoch, factor, batch_rows)
+
+        is_best = False
+        if ends_run or (ends_epoch and _is_due(epoch, config.evaluation.every_epochs)):
+            journal.pause()
+            scores = evaluate(config, run, world, journal, progress, ends_run)
+            best = scores.get(config.checkpoint.best_metric, -math.inf)
+            is_best = best > (progress.best_score if progress.best_score is not None else -1.0)
+            if is_best:
+                progress = replace(progress, best_score=best, best_step=progress.step)
+        # A checkpoint of an epoch's end follows its evaluation, so that it knows the best score.
+        if (
+            ends_run
+            or is_best
+            or _is_due(progress.step, config.checkpoint.every_steps)
+            or (ends_epoch and _is_due(epoch, config.checkpoint.every_epochs))
+        ):
+            journal.pause()
+            save(config, run, world, progress)
+        journal.resume(progress)
+
+
+def train_step(
+    batch: Batch,
+    engine: Engine,
+    classifier: ClassParallelClassifier,
+    batch_rows: int,
+    factor: float,
+    last: bool,
+    seed: int,
+) -> ObjectiveOutput:
+    """One micro-batch: embeddings, exact loss over all classes, gradients, and at the end updates.
+
+    Nothing in here waits for the device.
+
+    Args:
+        batch: this worker's rows.
+        batch_rows: rows of the whole batch, all workers and micro-batches.
+        factor: the schedule's factor of the learning rate.
+        last: whether the batch is complete with this micro-batch.
+        seed: `run.seed`.
+    """
+    device = classifier.weight.device
+    images = batch.images.to(device, non_blocking=True)
+    labels = batch.labels.to(device, non_blocking=True)
+    positions = batch.positions.to(device, non_blocking=True)
+    # Dropout is keyed by step and position in the batch, not by worker.
+    keys = row_keys(key_of(seed, "dropout", batch.step), positions)
+    embeddings = engine(images, keys, last)
+    output = classifier(embeddings, labels, batch.row_counts, batch_rows)
+    engine.backward(output.loss)
+    engine.step(factor)
+    if last:
+        classifier.step(factor)
+    return ObjectiveOutput(output.loss.detach(), output.num_correct)
+
+
+def evaluate(
+    config: Config,
+    run: TrainingRun,
+    world: World,
+    journal: Journal,
+    progress: Progress,
+    ends_run: bool,
+) -> dict[str, float]:
+    """All retrieval scores, recorded; at the end of the run also NMI, the gallery and the table."""
+    embedder = run.engine.embedder.eval()
+    embed = embed_with(embedder, config, world)
+    nmi = config.evaluation.nmi and ends_run
+    started = time.perf_counter()
+    scores, splits = measure_protocols(embed, run.index, config, world, nmi)
+    seconds = time.perf_counter() - started
+    journal.record(progress, scores | {"time/evaluation_seconds": seconds})
+    shown = {name: value for name, value in scores.items() if name == config.checkpoint.best_metric}
+    journal.say(
+        f"step {progress.step}: evaluated in {seconds:.1f} s"
+        + "".join(f", {name} {value:.4f}" for name, value in shown.items())
+    )
+    if ends_run and world.is_first:
+        path = run.folder / "report" / "gallery.png"
+        write_gallery(path, run.index, splits, config, f"{config.run.name}: step {progress.step}")
+        journal.note_figure(path)
+        journal.table = tables({"trained": scores}, config)
+    embedder.train()
+    return scores
+
+
+def save(config: Config, run: TrainingRun, world: World, progress: Progress) -> None:
+    """Write a checkpoint, then remove those that are no longer kept."""
+    contents = Contents(progress, run.plan_facts, to_yaml(config), config_hash(config))
+    folder = run.folder / "checkpoints"
+    save_checkpoint(folder, contents, run.engine, run.classifier, world)
+    if world.is_first:
+        prune_checkpoints(folder, config.checkpoint.keep_last, progress.best_step)
+
+
+def _is_due(count: int, every: int) -> bool:
+    return every > 0 and count % every == 0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument(
+        "--resume", default="", metavar="auto|no|PATH", help="sets run.resume, see there"
+    )
+    add_config_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train as one worker of the group that the environment describes. Returns the exit code."""
+    return run_worker(train, arguments, [f"run.resume={arguments.resume}"] * bool(arguments.resume))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m dist_dml.train ...` and every launcher's entry."""
+    return run_command(
+        "dist_dml.train", sys.modules[__name__], sys.argv[1:] if argv is None else argv
+    )
+
+
+if __name__ == "__main__":
+    from dist_dml.train import main as only_main  # one copy of the module
+
+    sys.exit(only_main())

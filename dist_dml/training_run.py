@@ -1,0 +1,239 @@
+"""Everything that must hold before the first step: folder, data, model, state to resume from."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dist_dml.checkpoint import (
+    Manifest,
+    Progress,
+    load_classes,
+    load_embedder_tensors,
+    load_optimizer_state,
+    newest_checkpoint,
+    verify_checkpoint,
+)
+from dist_dml.config import Config
+from dist_dml.config_loading import config_hash, to_yaml
+from dist_dml.data.index import Index, load_index
+from dist_dml.data.plan import Plan
+from dist_dml.engine import Engine, build_engine
+from dist_dml.errors import UsageError
+from dist_dml.evaluate import check_evaluation
+from dist_dml.models.embedder import Embedder, build_embedder
+from dist_dml.parallel.class_partition import ClassPartition
+from dist_dml.parallel.classifier import ClassParallelClassifier
+from dist_dml.parallel.collectives import gather_objects
+from dist_dml.parallel.world import World
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What the loop works with.
+
+    Attributes:
+        folder: the run folder.
+        total_steps: optimizer steps of the whole training.
+        start: where training stands: the beginning, or the checkpoint that was resumed from.
+        plan_facts: what the order of samples depends on; stored with every checkpoint.
+    """
+
+    folder: Path
+    index: Index
+    plan: Plan
+    total_steps: int
+    engine: Engine
+    classifier: ClassParallelClassifier
+    start: Progress
+    plan_facts: dict[str, Any]
+
+
+def prepare(config: Config, world: World) -> TrainingRun:
+    """Refuse what cannot work, then build everything; called by all workers together.
+
+    Raises:
+        UsageError: for data, layout, folder, checkpoint or disk that cannot carry the run.
+    """
+    if not config.data.path:
+        raise UsageError("data.path is empty; set it to a packed data set (`dist-dml pack --help`)")
+    index = load_index(config.data.path)
+    num_classes = config.data.num_classes or index.num_classes
+    index.check_labels(config.data.split, num_classes)
+    check_evaluation(index, config)
+    plan, facts = _plan(config, index)
+    plan.check_rows(world.size)
+    partition = ClassPartition.of_worker(world.rank, world.size, num_classes, world.group)
+    total_steps = config.training.epochs * plan.steps_per_epoch
+    if config.training.max_steps:
+        total_steps = min(total_steps, config.training.max_steps)
+
+    folder = Path(config.run.root) / config.run.name
+    found = gather_objects(_claim_folder(config, folder, world), world.group)[0]
+    if isinstance(found, UsageError):
+        raise found
+    embedder = build_embedder(config.model, config.data.image, config.run.seed, world.group)
+    classifier = ClassParallelClassifier(
+        embedder.embedding_dim,
+        partition,
+        config.loss,
+        config.optimizer,
+        config.run.seed,
+        max_rows=-(-config.data.batch_size // config.training.accumulate),
+        device=world.device,
+    )
+    start, engine = _restore(config, world, embedder, classifier, facts, found)
+    _check_disk(config, folder, embedder, classifier, world)
+    return TrainingRun(folder, index, plan, total_steps, engine, classifier, start, facts)
+
+
+def _plan(config: Config, index: Index) -> tuple[Plan, dict[str, Any]]:
+    data = config.data
+    plan = Plan(
+        index.select(data.split),
+        data.batch_size,
+        config.training.accumulate,
+        config.run.seed,
+        data.drop_last,
+    )
+    facts = {
+        "fingerprint": index.fingerprint,
+        "split": data.split,
+        "seed": config.run.seed,
+        "batch_size": data.batch_size,
+        "accumulate": config.training.accumulate,
+        "drop_last": data.drop_last,
+    }
+    return plan, facts
+
+
+def _claim_folder(
+    config: Config, folder: Path, world: World
+) -> tuple[Path, Manifest] | UsageError | None:
+    """Worker 0: find what to resume from, and write the configuration as the first file.
+
+    Returns the error instead of raising it, so that all workers can raise the same one.
+    """
+    if not world.is_first:
+        return None
+    try:
+        found = _find_start(config, folder)
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        path = folder / "config.yaml"
+        path.write_text(to_yaml(config), encoding="utf-8")
+        return found
+    except UsageError as error:
+        return error
+    except OSError as error:
+        return UsageError(
+            f"the run folder {folder} cannot be written ({error.strerror}); free the disk or mend "
+            "its permissions, or choose another folder with run.root"
+        )
+
+
+def _find_start(config: Config, folder: Path) -> tuple[Path, Manifest] | None:
+    resume = config.run.resume
+    if resume not in ("no", "auto"):
+        path = Path(resume)
+        return path, verify_checkpoint(path)
+    newest = newest_checkpoint(folder / "checkpoints") if resume == "auto" else None
+    started = folder / "metrics.jsonl"
+    if resume == "no" and started.exists() and started.stat().st_size > 0:
+        raise UsageError(
+            f"{folder} holds a run already; continue it with --resume auto, or choose another "
+            "run.name"
+        )
+    return newest
+
+
+def _restore(
+    config: Config,
+    world: World,
+    embedder: Embedder,
+    classifier: ClassParallelClassifier,
+    facts: dict[str, Any],
+    found: tuple[Path, Manifest] | None,
+) -> tuple[Progress, Engine]:
+    """The engine over starting or restored weights. ZeRO copies weights when it is built."""
+    if found is None:
+        return Progress(), build_engine(config, embedder.to(world.device), world)
+    path, manifest = found
+    _check_plan(path, manifest.plan, facts)
+    try:
+        embedder.load_state_dict(load_embedder_tensors(path))
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())[:300]
+        raise UsageError(
+            f"checkpoint {path} does not fit the model ({detail}); resume with the `model` "
+            "section of its config.yaml"
+        ) from None
+    load_classes(path, manifest, classifier)
+    engine = build_engine(config, embedder.to(world.device), world)
+    engine.load_optimizer_tensors(load_optimizer_state(path))
+    return manifest.progress, engine
+
+
+def _check_plan(path: Path, stored: dict[str, Any], facts: dict[str, Any]) -> None:
+    differing = [
+        f"{key} {stored.get(key)!r} -> {facts[key]!r}"
+        for key in facts
+        if stored.get(key) != facts[key]
+    ]
+    if differing:
+        raise UsageError(
+            f"checkpoint {path} was trained in another order of samples ({'; '.join(differing)}); "
+            "resume with the same data, run.seed, data.batch_size, data.drop_last and "
+            "training.accumulate, or start a new run.name"
+        )
+
+
+def _check_disk(
+    config: Config,
+    folder: Path,
+    embedder: Embedder,
+    classifier: ClassParallelClassifier,
+    world: World,
+) -> None:
+    """Refuse a run whose checkpoints cannot fit: those kept, the best, and the one being
+    written."""
+    states = 1 if config.optimizer.name == "sgd" else 2
+    own = (1 + states) * sum(_bytes(parameter) for parameter in classifier.parameters())
+    one = sum(gather_objects(own, world.group))
+    one += (1 + states) * sum(_bytes(tensor) for tensor in embedder.state_dict().values())
+    needed = one * (config.checkpoint.keep_last + 2)
+    own_view = shutil.disk_usage(folder).free if world.is_first else 0
+    free = gather_objects(own_view, world.group)[0]
+    if free < needed:
+        raise UsageError(
+            f"run.root={config.run.root} has {free / 2**20:.1f} MiB free and checkpoints need up "
+            f"to {needed / 2**20:.1f} MiB; free space, choose another run.root, or lower "
+            "checkpoint.keep_last"
+        )
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def run_facts(config: Config, run: TrainingRun) -> dict[str, str]:
+    """What identifies the run in MLflow besides its configuration."""
+    return {
+        "config_hash": config_hash(config),
+        "dataset_fingerprint": run.index.fingerprint,
+        "git_commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str:
+    """The commit of this source tree; empty where it was installed without one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=5)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
