@@ -163,9 +163,9 @@ class Launcher:
         records = [json.loads(line) for line in lines]
         return {r["step"]: r["value"] for r in records if r["name"] == "train/loss"}
 
-    def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """Everything in the newest checkpoint, classes joined over the workers."""
-        checkpoint = sorted((self.root / name / "checkpoints").glob("step-*"))[-1]
+    def tensors(self, name: str, checkpoint_number: int = -1) -> dict[str, torch.Tensor]:
+        """Everything in a checkpoint (the newest), classes joined over the workers."""
+        checkpoint = sorted((self.root / name / "checkpoints").glob("step-*"))[checkpoint_number]
         tensors = {}
         for part in ("embedder", "optimizer"):
             loaded = load_file(checkpoint / f"{part}.safetensors")

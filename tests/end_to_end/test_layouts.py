@@ -22,20 +22,38 @@ LAYOUTS = [
 STEPS = 6
 
 
-def test_every_launcher_and_number_of_workers_gives_the_same_losses(launcher: Launcher) -> None:
+def gradients(launcher: Launcher, name: str) -> dict[str, torch.Tensor]:
+    """The backbone's gradient of step 1: momentum without a past, and without weight decay."""
+    return {
+        key: value
+        for key, value in launcher.tensors(name, 0).items()
+        if key.startswith("optimizer/") and key.endswith("|momentum_buffer")
+    }
+
+
+def test_every_launcher_and_number_of_workers_gives_the_same_losses_and_gradients(
+    launcher: Launcher,
+) -> None:
     """Batch norm, dropout, augmentation and a batch of 128 on 3 workers included."""
-    limit = f"training.max_steps={STEPS}"
-    assert launcher.run("python", 1, limit, "run.name=one").exit_code == 0
+    limit = [f"training.max_steps={STEPS}", "checkpoint.every_steps=1", "checkpoint.keep_last=9"]
+    limit += ["optimizer.weight_decay=0"]
+    assert launcher.run("python", 1, *limit, "run.name=one").exit_code == 0
     expected, weights = launcher.losses("one"), launcher.tensors("one")
+    gradient = gradients(launcher, "one")
+    assert len(gradient) > 10
     assert list(expected) == list(range(1, STEPS + 1))
     for number, (kind, workers, extra) in enumerate(LAYOUTS):
         name = f"run{number}"
-        finished = launcher.run(kind, workers, limit, f"run.name={name}", *filter(None, [extra]))
+        finished = launcher.run(kind, workers, *limit, f"run.name={name}", *filter(None, [extra]))
         assert finished.exit_code == 0, finished.output
         losses = launcher.losses(name)
         assert list(losses) == list(expected), (kind, workers, extra)
         for step, loss in losses.items():
             assert loss == pytest.approx(expected[step], rel=3e-6), (kind, workers, extra, step)
+        assert gradients(launcher, name).keys() == gradient.keys()
+        for key, value in gradients(launcher, name).items():
+            scale = gradient[key].abs().max().item()
+            torch.testing.assert_close(value, gradient[key], rtol=0, atol=2e-5 * scale, msg=key)
         for key, value in launcher.tensors(name).items():
             torch.testing.assert_close(value, weights[key], rtol=1e-3, atol=2e-4, msg=key)
 
