@@ -40,8 +40,8 @@ demo: $(READY)
 		dist_dml/train.py --config configs/demo.yaml --resume auto
 	@echo "== demo 3/3: scores on classes never seen in training"
 	$(BIN)/dist-dml evaluate --run $(DEMO_RUN) --baselines
-	@echo
-	@echo "look at the run:  make ui    (or: $(BIN)/dist-dml ui --root runs)"
+	@$(BIN)/dist-dml track sync $(DEMO_RUN) >/dev/null
+	@echo "look at it:  make ui"
 
 test: $(READY)
 	@echo "== test: everything but the slow tests"

@@ -18,7 +18,7 @@ Range = tuple[Positive, Positive]
 
 
 class Section(BaseModel):
-    """Frozen and strict about keys; `1` is accepted where a float is asked for, "1" is not."""
+    """Frozen, and strict about keys."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=False, use_attribute_docstrings=True

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from typing import Any, Protocol
 
 import torch
@@ -298,7 +299,8 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
 def _import_deepspeed() -> Any:
     from dist_dml.errors import UsageError
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed 0.19 calls a collective by the name it had before torch 2.13.
+    warnings.filterwarnings("ignore", "`torch.distributed.all_gather_into", FutureWarning)
     try:
         import deepspeed
         import deepspeed.ops

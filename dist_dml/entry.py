@@ -6,8 +6,6 @@ Exit codes: 0 done, 1 failed, 2 bad usage or configuration.
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 import traceback
 from collections.abc import Callable, Sequence
 
@@ -63,16 +61,13 @@ def _end_all(world: World, error: BaseException) -> int:
             traceback.print_exception(error)
         print_failure(_reason(error))
         return _exit_code(error)
-    if not known and (first := world.failures.first_reason()) is not None:
-        code = first["exit_code"]
-    else:
-        if not known and not _is_lost_peer(error):
+    # A worker that failed cannot leave its process group in good order, as others wait inside it:
+    # both calls end the process.
+    if not known:
+        world.failures.follow()
+        if not _is_lost_peer(error):
             traceback.print_exception(error)
-        world.failures.report(_reason(error), code := _exit_code(error))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # A worker that failed cannot leave its process group in good order: others wait inside it.
-    os._exit(code)
+    world.failures.report(_reason(error), _exit_code(error))
 
 
 def _reason(error: BaseException) -> str:

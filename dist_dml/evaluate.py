@@ -39,6 +39,7 @@ from dist_dml.retrieval.distances import named_distance
 from dist_dml.retrieval.metrics import QueryScores, summarise
 from dist_dml.retrieval.protocol import Embeddings, score_slice
 from dist_dml.retrieval.report import recall_curve, retrieval_gallery, score_table
+from dist_dml.tracking.run_files import append_event
 
 Embed = Callable[[Tensor], Tensor]
 
@@ -136,11 +137,14 @@ def scores_of(
 
 
 def tables(rows: Mapping[str, Mapping[str, float]], config: Config) -> str:
-    """One table a protocol and distance; `rows` holds the scores of each model."""
+    """One table a protocol and distance; `rows` holds the scores of each model.
+
+    The first protocol and distance, the ones that matter most, come last: next to the prompt.
+    """
     texts = []
-    for protocol in config.evaluation.protocols:
+    for protocol in reversed(config.evaluation.protocols):
         searched = f"gallery {protocol.gallery}" if protocol.gallery else "each without itself"
-        for distance in config.evaluation.distances:
+        for distance in reversed(config.evaluation.distances):
             shown = {name: scores_of(scores, protocol, distance) for name, scores in rows.items()}
             title = f"{protocol.name}, {distance}: queries {protocol.query}, {searched}"
             texts.append(f"{title}\n{score_table(shown)}")
@@ -224,11 +228,16 @@ def _evaluate(resolved: Resolved, world: World, arguments: argparse.Namespace) -
     (report / "scores.json").write_text(json.dumps(scores, indent=1), encoding="utf-8")
     write_gallery(report / "gallery.png", index, splits, config, f"{config.run.name}: retrieval")
     _write_recall(report / "recall.png", rows, config)
+    for name in ("scores.json", "gallery.png", "recall.png"):
+        # The next `dist-dml track sync` takes them to MLflow.
+        append_event(run, {"path": f"report/{name}", "folder": "report"})
     if arguments.json:
         print(json.dumps(scores))
     else:
         print(tables(rows, config))
-        print(f"\nreport: {report}/ (scores.json, gallery.png, recall.png)")
+        print(f"\nrun:     {run}/ ({checkpoint.name}; scores and pictures in report/)")
+        if config.tracking.mlflow:
+            print(f"MLflow:  dist-dml ui --root {config.run.root}")
 
 
 def _write_recall(path: Path, rows: Mapping[str, Mapping[str, float]], config: Config) -> None:

@@ -50,6 +50,7 @@ class Journal:
     def __init__(self, config: Config, run: TrainingRun, world: World) -> None:
         """Worker 0 opens the files and starts the mirror to MLflow, which takes milliseconds."""
         self._every_steps = config.tracking.every_steps
+        self._learning_rate = config.optimizer.learning_rate
         self._writes = world.is_first
         self._outputs: list[ObjectiveOutput] = []
         self._steps: list[_Step] = []
@@ -116,7 +117,9 @@ class Journal:
         self._images += rows
         loss = None
         if progress.step % self._every_steps == 0:
-            loss = self._flush({"train/learning_rate_factor": factor, "train/epoch": epoch})
+            loss = self._flush(
+                {"train/learning_rate": factor * self._learning_rate, "train/epoch": epoch}
+            )
         if self._line is not None:
             self._line.update(
                 progress.step, epoch, progress.images_seen, self._wait_seconds, loss=loss
@@ -156,8 +159,8 @@ class Journal:
         seconds = max(now - self._flushed_seconds, 1e-9)
         wait = self._wait_seconds - self._flushed_wait
         rates = {
-            "time/images_per_second": self._images / seconds,
-            "time/data_wait_share": min(1.0, wait / seconds),
+            "train/images_per_second": self._images / seconds,
+            "train/data_wait_share": min(1.0, wait / seconds),
         }
         self.record(self._steps[-1].progress, {**rates, **also})
         self._steps, self._images = [], 0
@@ -199,7 +202,8 @@ class Journal:
         self._recorder.note_end("FINISHED")
         self._recorder.close()
         missing = self._mirror.finish(_MIRROR_SECONDS) if self._mirror is not None else None
-        print(f"\n{self.table}\n")
+        if self.table:
+            print(f"\n{self.table}\n")
         print(f"run:         {run.folder}/ (metrics.jsonl, checkpoints/, report/)")
         if config.tracking.mlflow:
             print(missing or f"MLflow:      dist-dml ui --root {config.run.root}")

@@ -41,6 +41,10 @@ def train(resolved: Resolved, world: World, arguments: argparse.Namespace) -> No
     config = resolved.config
     run = prepare(config, world)
     journal = Journal(config, run, world)
+    if run.start.step >= run.total_steps:
+        journal.say(
+            f"{run.folder} has done all {run.total_steps} steps; raise training.epochs to go on"
+        )
     try:
         loop(config, run, world, journal)
     except BaseException as error:
@@ -154,7 +158,7 @@ def evaluate(
     started = time.perf_counter()
     scores, splits = measure_protocols(embed, run.index, config, world, nmi)
     seconds = time.perf_counter() - started
-    journal.record(progress, scores | {"time/evaluation_seconds": seconds})
+    journal.record(progress, scores | {"evaluation/seconds": seconds})
     shown = {name: value for name, value in scores.items() if name == config.checkpoint.best_metric}
     journal.say(
         f"step {progress.step}: evaluated in {seconds:.1f} s"

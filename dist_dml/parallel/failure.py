@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from typing import NoReturn
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
@@ -41,10 +42,10 @@ class FailureBoard:
         self._key = f"first failure {attempt}"
         self._closed = threading.Event()
         self._lock = threading.Lock()
-        self._acknowledged = False
+        self._ending = threading.Lock()
 
-    def report(self, reason: str, exit_code: int) -> None:
-        """Write and print the reason if it is the first; give the others time to see it."""
+    def report(self, reason: str, exit_code: int) -> NoReturn:
+        """Make this the first failure, if there is none, and end this process with the first's."""
         mine = {
             "reason": reason,
             "exit_code": exit_code,
@@ -56,40 +57,15 @@ class FailureBoard:
             first = json.loads(self._store.compare_set(self._key, "", text))
         except (RuntimeError, dist.DistError):
             first = mine  # The store died with its worker: say at least what is known here.
-        if first == mine:
-            print_failure(reason)
-            self._wait_for_readers()
-        else:
-            self._acknowledge()
+        self._end(first)
 
-    def _wait_for_readers(self) -> None:
-        """Stay until all others have read the reason: the store may live in this process."""
-        deadline = time.monotonic() + _READ_SECONDS
-        try:
-            while time.monotonic() < deadline:
-                if self._store.add(self._seen_key, 0) >= self._size - 1:
-                    return
-                time.sleep(_POLL_SECONDS / 5)
-        except (RuntimeError, dist.DistError):
-            return  # The store went first; nobody reads any more.
-
-    def _acknowledge(self) -> None:
-        """Count this worker among the readers, once, though two threads may come here."""
-        with self._lock:
-            acknowledged, self._acknowledged = self._acknowledged, True
-        if acknowledged:
-            return
-        with contextlib.suppress(RuntimeError, dist.DistError):
-            self._store.add(self._seen_key, 1)
-
-    def first_reason(self) -> dict | None:
-        """The first failure, if one is known within a few seconds."""
+    def follow(self) -> None:
+        """End this process if another's failure is known within a few seconds, else return."""
         deadline = time.monotonic() + _REASON_SECONDS
         while time.monotonic() < deadline:
-            if (failure := self._read()) is not None:
-                return failure
+            if (failure := self._look()) is not None:
+                self._end(failure)
             time.sleep(_POLL_SECONDS / 2)
-        return None
 
     def watch(self) -> None:
         """Start the thread."""
@@ -101,40 +77,57 @@ class FailureBoard:
         with self._lock:
             pass  # A look that is under way may still meet a store that is going away.
 
-    def _read(self) -> dict | None:
-        with self._lock:
-            if self._closed.is_set() or not self._store.check([self._key]):
-                return None
-            return json.loads(self._store.get(self._key))
-
     def _watch(self) -> None:
         while not self._closed.wait(_POLL_SECONDS):
-            try:
-                failure = self._read()
-            except (RuntimeError, dist.DistError):
-                if self._closed.is_set():
-                    return
-                # The worker that keeps the store died without a word (killed, out of memory).
-                failure = {
-                    "reason": "the worker that keeps the meeting point is gone: it was killed or "
-                    "its machine failed; look at its own output, then start again with "
-                    "--resume auto",
-                    "exit_code": 1,
-                    "rank": self._rank,
-                    "host": "",
-                }
-            if failure is not None:
+            if (failure := self._look()) is not None:
                 self._end(failure)
 
-    def _end(self, failure: dict) -> None:
-        if failure["rank"] == self._rank and failure["host"]:
-            return  # This worker's own report: its main thread is on its way out.
-        elsewhere = failure["host"] not in ("", socket.gethostname())
-        # Where worker 0 died without a word, the next one of its machine speaks for it.
-        speaks_for_dead = not failure["host"] and self._local_rank <= 1
-        if speaks_for_dead or (elsewhere and self._local_rank == 0):
+    def _look(self) -> dict | None:
+        """The first failure, or that of the worker that keeps the store; None while all is well."""
+        try:
+            with self._lock:
+                if self._closed.is_set() or not self._store.check([self._key]):
+                    return None
+                return json.loads(self._store.get(self._key))
+        except (RuntimeError, dist.DistError):
+            if self._closed.is_set():
+                return None
+            # The worker that keeps the store died without a word (killed, out of memory).
+            return {
+                "reason": "the worker that keeps the meeting point is gone: it was killed or "
+                "its machine failed; look at its own output, then start again with "
+                "--resume auto",
+                "exit_code": 1,
+                "rank": None,
+                "host": "",
+            }
+
+    def _end(self, failure: dict) -> NoReturn:
+        # Never released: the other thread that comes here waits for the end of the process.
+        self._ending.acquire()
+        if self._speaks_for(failure):
             print_failure(failure["reason"])
         sys.stdout.flush()
         sys.stderr.flush()
-        self._acknowledge()
+        is_own = failure["rank"] == self._rank
+        with contextlib.suppress(RuntimeError, dist.DistError):
+            if not is_own:
+                self._store.add(self._seen_key, 1)
+            # The store may live in worker 0. If that left first, the others would take it for dead.
+            if is_own or self._rank == 0:
+                self._wait_for_readers()
         os._exit(failure["exit_code"])
+
+    def _speaks_for(self, failure: dict) -> bool:
+        """Whether this worker prints: the one that failed, one on every other machine."""
+        if failure["host"] == "":
+            # Where worker 0 died without a word, the next one of its machine speaks for it.
+            return self._local_rank <= 1
+        elsewhere = failure["host"] != socket.gethostname()
+        return failure["rank"] == self._rank or (elsewhere and self._local_rank == 0)
+
+    def _wait_for_readers(self) -> None:
+        """Stay until all others have read the reason."""
+        deadline = time.monotonic() + _READ_SECONDS
+        while time.monotonic() < deadline and self._store.add(self._seen_key, 0) < self._size - 1:
+            time.sleep(_POLL_SECONDS / 5)

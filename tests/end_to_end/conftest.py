@@ -1,28 +1,16 @@
-"""The documented commands as subprocesses, on a small packed data set."""
+"""A small packed data set, and a launcher of runs on it."""
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
 import numpy as np
-import psutil
 import pytest
-import torch
-from safetensors.torch import load_file
+from launching import Launcher, training_processes
 
 from dist_dml.data.pack.folder import pack_folder
-
-ROOT = Path(__file__).resolve().parents[2]
-BIN = Path(sys.executable).parent
 
 
 @pytest.fixture(scope="session")
@@ -39,170 +27,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             cv2.imwrite(str(folder / f"{sample}.png"), noisy)
     pack_folder(base / "source", base / "packed", shard_samples=40, processes=1)
     return base / "packed"
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-@dataclass
-class Finished:
-    """How a command ended."""
-
-    exit_code: int
-    output: str
-    seconds: float
-
-    @property
-    def error_lines(self) -> list[str]:
-        """The lines in which dist_dml says what went wrong."""
-        return [line for line in self.output.splitlines() if line.startswith("dist_dml: error:")]
-
-
-class Launcher:
-    """Starts `train` in the ways that the README documents, and waits for the end."""
-
-    def __init__(self, data: Path, root: Path) -> None:
-        self.root = root
-        self.settings = [
-            f"data.path={data}",
-            f"run.root={root}",
-            "data.batch_size=128",
-            "data.loader_processes=0",
-            "data.image={size: 12, channels: 1, resize: 0, mean: [0.5], std: [0.25]}",
-            "data.augment={rotation_degrees: 10, noise: 5}",
-            "model={embedding_dim: 16, norm: batch, dropout: 0.3}",
-            "optimizer={name: sgd, learning_rate: 0.05, nesterov: true}",
-            "tracking={every_steps: 1, mlflow: false}",
-            "evaluation={every_epochs: 0, nmi: false}",
-            "engine.timeout_seconds=60",
-        ]
-
-    def command(self, kind: str, workers: int, arguments: Sequence[str]) -> list[str]:
-        """The command line; `by hand` starts one worker of several, see `start`."""
-        port = str(free_port())
-        head = {
-            "python": [str(BIN / "python"), "-m", "dist_dml.train"],
-            "by hand": [str(BIN / "python"), "-m", "dist_dml.train"],
-            "torchrun": [
-                *(str(BIN / "torchrun"), "--nproc-per-node", str(workers)),
-                *("--master-port", port, "dist_dml/train.py"),
-            ],
-            "deepspeed": [
-                *(str(BIN / "deepspeed"), "--num_accelerators", str(workers)),
-                *("--master_port", port, "dist_dml/train.py", "engine.name=deepspeed"),
-            ],
-        }[kind]
-        return [*head, *arguments]
-
-    def start(
-        self, kind: str, workers: int, *arguments: str, settings: Sequence[str] | None = None
-    ) -> list[subprocess.Popen[str]]:
-        """The processes of one run; several only for workers started by hand."""
-        settings = self.settings if settings is None else settings
-        environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-            environment.pop(name, None)
-        command = self.command(kind, workers, [*settings, *arguments])
-        port = str(free_port())
-        environments = [environment]
-        if kind == "by hand":
-            environments = [
-                environment
-                | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers)}
-                | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                for rank in range(workers)
-            ]
-        return [
-            subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=each,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for each in environments
-        ]
-
-    def run(
-        self,
-        kind: str,
-        workers: int,
-        *arguments: str,
-        settings: Sequence[str] | None = None,
-        timeout_seconds: float = 120,
-    ) -> Finished:
-        """Start and wait; whatever is still there at the end is killed and fails the test."""
-        started = time.monotonic()
-        processes = self.start(kind, workers, *arguments, settings=settings)
-        return self.wait(processes, started + timeout_seconds)
-
-    def wait(self, processes: list[subprocess.Popen[str]], deadline: float) -> Finished:
-        """Collect output and the largest exit code."""
-        started = time.monotonic()
-        outputs = []
-        try:
-            for process in processes:
-                outputs.append(process.communicate(timeout=deadline - time.monotonic())[0])
-        finally:
-            for process in processes:
-                kill_tree(process.pid)
-        codes = [process.returncode for process in processes]
-        return Finished(
-            max(abs(code) for code in codes), "".join(outputs), time.monotonic() - started
-        )
-
-    def losses(self, name: str) -> dict[int, float]:
-        """Loss by step; where a resumed run repeats a step, its last record."""
-        lines = (self.root / name / "metrics.jsonl").read_text().splitlines()
-        records = [json.loads(line) for line in lines]
-        return {r["step"]: r["value"] for r in records if r["name"] == "train/loss"}
-
-    def tensors(self, name: str, checkpoint_number: int = -1) -> dict[str, torch.Tensor]:
-        """Everything in a checkpoint (the newest), classes joined over the workers."""
-        checkpoint = sorted((self.root / name / "checkpoints").glob("step-*"))[checkpoint_number]
-        tensors = {}
-        for part in ("embedder", "optimizer"):
-            loaded = load_file(checkpoint / f"{part}.safetensors")
-            tensors |= {f"{part}/{key}": value for key, value in loaded.items()}
-        shards = [load_file(path) for path in sorted(checkpoint.glob("classes-*"))]
-        for key, first in shards[0].items():
-            parts = [shard[key] for shard in shards]
-            tensors[f"classes/{key}"] = torch.cat(parts) if first.ndim else first
-        return tensors
-
-
-def kill_tree(pid: int) -> None:
-    """SIGKILL a process and all its descendants, if they are still there."""
-    try:
-        parent = psutil.Process(pid)
-        family = [*parent.children(recursive=True), parent]
-    except psutil.NoSuchProcess:
-        return
-    for process in family:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            continue
-
-
-def training_processes(root: Path) -> list[psutil.Process]:
-    """Workers (not launchers) of the runs below `root` that are alive."""
-    found = []
-    for process in psutil.process_iter(["cmdline", "status"]):
-        line = process.info["cmdline"] or []
-        is_worker = "python" in Path(line[0]).name if line else False
-        names_run = any(str(root) in part for part in line)
-        is_launcher = any(part.endswith(("torchrun", "deepspeed")) for part in line[:3])
-        is_launcher = is_launcher or any("deepspeed.launcher" in part for part in line)
-        if is_worker and names_run and not is_launcher and process.info["status"] != "zombie":
-            found.append(process)
-    return found
 
 
 @pytest.fixture

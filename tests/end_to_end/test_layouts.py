@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import Launcher
+from launching import Launcher
 
 pytestmark = pytest.mark.slow
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Launcher, training_processes
+from launching import Launcher, training_processes
 
+from dist_dml.data.index import load_index
 from dist_dml.data.pack.folder import pack_folder
 
 pytestmark = pytest.mark.slow
@@ -76,6 +77,21 @@ def test_an_unreadable_checkpoint(launcher: Launcher) -> None:
         assert "checksum" in line
     # Nothing written is lost: the damaged checkpoint is still there to be looked at.
     assert path.read_bytes() == bytes(content)
+
+
+def test_a_damaged_image_met_by_one_worker_ends_all_and_is_named(
+    launcher: Launcher, tmp_path: Path, data: Path
+) -> None:
+    shutil.copytree(data, tmp_path / "damaged")
+    index = load_index(tmp_path / "damaged")
+    sample = int(index.select("train")[5])
+    shard = index.shard_path(int(index.shard[sample]))
+    content = bytearray(shard.read_bytes())
+    content[int(index.offset[sample]) + 20] ^= 1
+    shard.write_bytes(content)
+    line = refused(launcher, f"data.path={tmp_path}/damaged", kind="by hand", workers=3, code=1)
+    assert shard.name in line
+    assert index.key(sample) in line
 
 
 def test_a_run_folder_that_is_taken(launcher: Launcher) -> None:

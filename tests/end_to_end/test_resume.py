@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Launcher, training_processes
+from launching import Launcher, training_processes
 
 pytestmark = pytest.mark.slow
 

@@ -73,10 +73,11 @@ def draw_clean(face: Any, codepoint: int, em: float) -> UInt8[np.ndarray, "h w"]
 
     face.set_size(em, 72)
     glyph = face.load_char(codepoint, flags=LoadFlags.NO_HINTING)
-    left, bottom, right, top = glyph.bbox  # In 1/64 pixel; the bitmap is drawn from its corner.
-    height, width = (top - bottom) // 64 + 3, (right - left) // 64 + 3
+    left, bottom, right, top = glyph.bbox  # In 1/64 pixel.
+    height, width = (top - bottom) // 64 + 5, (right - left) // 64 + 5
     canvas = np.zeros((max(height, 1), max(width, 1)), np.uint8)
-    face.draw_glyph_to_bitmap(canvas, 0, 0, glyph)
+    # matplotlib adds the left bearing to x, but no bearing to y, and cuts off what lies outside.
+    face.draw_glyph_to_bitmap(canvas, 1 - left // 64, 1, glyph)
     rows, columns = np.flatnonzero(canvas.any(axis=1)), np.flatnonzero(canvas.any(axis=0))
     if not len(rows):
         return None

@@ -189,8 +189,11 @@ def draw_sample(font_path: str, codepoint: int, seed: int) -> UInt8[np.ndarray, 
     ink = draw_clean(face, codepoint, _EM * scale)
     if ink is not None and max(ink.shape) > _LARGEST * scale:
         ink = draw_clean(face, codepoint, _EM * scale * _LARGEST * scale / max(ink.shape))
-    if ink is None:  # Fine strokes can vanish when they are drawn smaller than they were compared.
-        ink = np.zeros((1, 1), np.uint8)
+    if ink is None:
+        raise UsageError(
+            f"--fonts: {Path(font_path).name} draws U+{codepoint:04X} without ink at "
+            f"{_EM * scale:.1f} pixels per em; leave this font out"
+        )
 
     cos, sin = math.cos(angle), math.sin(angle)
     turn = np.array([[cos, sin], [-sin, cos]])
