@@ -20,59 +20,23 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dist_dml.checkpoint_manifest import MANIFEST, Manifest, Progress, manifest_checksum
 from dist_dml.engine import Engine
 from dist_dml.errors import RunError, UsageError
 from dist_dml.parallel.classifier import ClassParallelClassifier
 from dist_dml.parallel.collectives import gather_objects
 from dist_dml.parallel.world import World
 
-FORMAT_VERSION = 1
-_EMBEDDER, _OPTIMIZER, _MANIFEST = "embedder.safetensors", "optimizer.safetensors", "manifest.json"
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where training stood: all that a resumed run needs besides tensors.
-
-    Random numbers are drawn from (seed, purpose, step, position), so `step` restores them all.
-    """
-
-    step: int = 0
-    """Optimizer steps done."""
-    images_seen: int = 0
-    seconds: float = 0.0
-    """Training time so far, of all runs together."""
-    best_score: float | None = None
-    best_step: int | None = None
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """The contents of `manifest.json`.
-
-    Attributes:
-        plan: what the order of samples depends on: seed, batch size and so on, data fingerprint.
-        num_classes: classes of the classifier.
-        class_files: [start, stop, file name] of each worker's classes.
-        files: bytes and sha256 of every file.
-    """
-
-    progress: Progress
-    plan: dict[str, Any]
-    num_classes: int
-    config_hash: str
-    class_files: list[tuple[int, int, str]]
-    files: dict[str, dict[str, Any]]
-    format_version: int = FORMAT_VERSION
-    extra: dict[str, Any] = field(default_factory=dict)
+_EMBEDDER, _OPTIMIZER = "embedder.safetensors", "optimizer.safetensors"
 
 
 @dataclass(frozen=True)
@@ -179,9 +143,9 @@ def _flushed_entry(path: Path) -> dict[str, Any]:
 
 def _finish(temporary: Path, final: Path, manifest: Manifest) -> None:
     """Manifest last, then the rename that makes the checkpoint visible, each flushed to disk."""
-    path = temporary / _MANIFEST
+    path = temporary / MANIFEST
     contents = asdict(manifest)
-    contents["sha256"] = _manifest_checksum(contents)
+    contents["sha256"] = manifest_checksum(contents)
     path.write_text(json.dumps(contents, indent=1), encoding="utf-8")
     _flushed_entry(path)
     _flush_folder(temporary)
@@ -191,105 +155,12 @@ def _finish(temporary: Path, final: Path, manifest: Manifest) -> None:
     _flush_folder(final.parent)
 
 
-def _manifest_checksum(contents: dict[str, Any]) -> str:
-    """The checksum of the manifest itself, which no other file vouches for."""
-    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
-
-
 def _flush_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def prune_checkpoints(folder: Path, keep_last: int, best_step: int | None) -> None:
-    """Remove all but the newest `keep_last` checkpoints and the best one."""
-    steps = sorted(_steps(folder))
-    kept = {*steps[-keep_last:], best_step}
-    for step in steps:
-        if step not in kept:
-            shutil.rmtree(folder / f"step-{step:09d}", ignore_errors=True)
-
-
-def _steps(folder: Path) -> list[int]:
-    names = [path.name for path in folder.glob("step-*") if path.suffix != ".tmp"]
-    return [int(name.removeprefix("step-")) for name in names if name[5:].isdigit()]
-
-
-def read_manifest(checkpoint: Path) -> Manifest:
-    """The manifest of a checkpoint folder.
-
-    Raises:
-        UsageError: if it is missing, not JSON, lacks a field, or is of another format version.
-    """
-    path = checkpoint / _MANIFEST
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        version = raw["format_version"]
-        if version != FORMAT_VERSION:
-            raise UsageError(
-                f"checkpoint {checkpoint} has format {version}, this version reads "
-                f"{FORMAT_VERSION}; resume with the version that wrote it"
-            )
-        if raw.pop("sha256") != _manifest_checksum(raw):
-            raise _unreadable(checkpoint, f"{_MANIFEST} does not have the checksum it should")
-        progress = Progress(**raw.pop("progress"))
-        parts = [(int(a), int(b), str(name)) for a, b, name in raw.pop("class_files")]
-        return Manifest(progress=progress, class_files=parts, **raw)
-    except OSError as error:
-        raise _unreadable(checkpoint, f"{_MANIFEST}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise _unreadable(checkpoint, f"{_MANIFEST} is damaged") from None
-
-
-def verify_checkpoint(checkpoint: Path) -> Manifest:
-    """Read the manifest and compare every file's size and checksum with it.
-
-    Raises:
-        UsageError: naming the first file that is missing, short or altered.
-    """
-    manifest = read_manifest(checkpoint)
-    for name, entry in manifest.files.items():
-        try:
-            size = (checkpoint / name).stat().st_size
-            if size != entry["bytes"]:
-                raise _unreadable(checkpoint, f"{name} has {size} bytes, not {entry['bytes']}")
-            with (checkpoint / name).open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise _unreadable(checkpoint, f"{name}: {error.strerror}") from None
-        if digest != entry["sha256"]:
-            raise _unreadable(checkpoint, f"{name} does not have the checksum it was written with")
-    return manifest
-
-
-def _unreadable(checkpoint: Path, reason: str) -> UsageError:
-    return UsageError(
-        f"checkpoint {checkpoint} is unreadable ({reason}); resume from another one with "
-        "--resume PATH, or remove it and use --resume auto"
-    )
-
-
-def newest_checkpoint(folder: Path) -> tuple[Path, Manifest] | None:
-    """The newest intact checkpoint below `folder`; damaged newer ones are passed over.
-
-    Raises:
-        UsageError: if there are checkpoints, but none is intact.
-    """
-    problem: UsageError | None = None
-    for step in sorted(_steps(folder), reverse=True):
-        path = folder / f"step-{step:09d}"
-        try:
-            return path, verify_checkpoint(path)
-        except UsageError as error:
-            problem = problem or error
-    if problem is not None:
-        raise problem
-    return None
 
 
 def load_embedder_tensors(checkpoint: Path) -> dict[str, Tensor]:
@@ -327,12 +198,6 @@ def load_classes(checkpoint: Path, manifest: Manifest, classifier: ClassParallel
                 piece = file.get_tensor(key) if scalar else rows[first - start : last - start]
                 pieces.setdefault(key, []).append(piece)
     joined = {
-        key: parts[0] if parts[0].ndim == 0 else _join(parts) for key, parts in pieces.items()
+        key: parts[0] if parts[0].ndim == 0 else torch.cat(parts) for key, parts in pieces.items()
     }
     classifier.load_shard_tensors(joined)
-
-
-def _join(parts: list[Tensor]) -> Tensor:
-    import torch
-
-    return torch.cat(parts)

@@ -28,7 +28,7 @@ class Section(BaseModel):
 class RunConfig(Section):
     """Where a run lives and what makes it repeatable."""
 
-    name: str = "run"
+    name: Annotated[str, Field(min_length=1)] = "run"
     """Name of the run: its folder below `root` and its name in MLflow."""
     root: str = "runs"
     """Folder that holds all runs and, by default, the MLflow database."""

@@ -104,7 +104,7 @@ class TorchEngine:
             self._module = nn.parallel.DistributedDataParallel(
                 embedder,
                 device_ids=[world.device] if world.device.type == "cuda" else None,
-                broadcast_buffers=False,
+                forward_sync_buffers=False,
                 gradient_as_bucket_view=True,
             )
             self._settle_buckets()

@@ -13,6 +13,7 @@ if __name__ == "__main__":  # Run by path: this folder must not hide installed p
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_dml.checkpoint import load_embedder_tensors, newest_checkpoint, verify_checkpoint
+from dist_dml.checkpoint import load_embedder_tensors
+from dist_dml.checkpoint_manifest import newest_checkpoint, verify_checkpoint
 from dist_dml.command_line import run_command
 from dist_dml.config import Config, ProtocolConfig
 from dist_dml.config_loading import Resolved
@@ -36,7 +38,7 @@ from dist_dml.parallel.collectives import gather_objects, gather_uneven
 from dist_dml.parallel.world import World
 from dist_dml.retrieval.clustering import cluster_nmi
 from dist_dml.retrieval.distances import named_distance
-from dist_dml.retrieval.metrics import QueryScores, summarise
+from dist_dml.retrieval.metrics import QueryScores, score_names, summarise
 from dist_dml.retrieval.protocol import Embeddings, score_slice
 from dist_dml.retrieval.report import recall_curve, retrieval_gallery, score_table
 from dist_dml.tracking.run_files import append_event
@@ -120,11 +122,17 @@ def check_evaluation(index: Index, config: Config) -> None:
         for split in filter(None, (protocol.query, protocol.gallery)):
             index.select(split)
     best = config.checkpoint.best_metric
-    known = {f"{name}/{distance}" for name in names for distance in config.evaluation.distances}
-    if best and best.rpartition("/")[0] not in known:
+    measured = {
+        f"{name}/{distance}/{score}"
+        for name in names
+        for distance in config.evaluation.distances
+        for score in score_names(config.evaluation.recall_at)
+    }
+    if best and best not in measured:
+        near = difflib.get_close_matches(best, measured, n=3, cutoff=0.0)
         raise UsageError(
-            f"checkpoint.best_metric={best!r} is not measured; use PROTOCOL/DISTANCE/SCORE with "
-            f"one of {', '.join(sorted(known))}, or '' to keep none"
+            f"checkpoint.best_metric={best!r} is not measured; use PROTOCOL/DISTANCE/SCORE, for "
+            f"example {' or '.join(near)}, or '' to keep none"
         )
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dist_dml.checkpoint import Progress
+from dist_dml.checkpoint_manifest import Progress
 from dist_dml.config import Config
 from dist_dml.data.loader import Batch
 from dist_dml.engine import engine_name

@@ -20,7 +20,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from dist_dml.checkpoint import Contents, Progress, prune_checkpoints, save_checkpoint
+from dist_dml.checkpoint import Contents, save_checkpoint
+from dist_dml.checkpoint_manifest import Progress, prune_checkpoints
 from dist_dml.command_line import run_command
 from dist_dml.config import Config
 from dist_dml.config_loading import Resolved, config_hash, to_yaml

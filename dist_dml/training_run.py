@@ -8,17 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import Tensor
 
-from dist_dml.checkpoint import (
-    Manifest,
-    Progress,
-    load_classes,
-    load_embedder_tensors,
-    load_optimizer_state,
-    newest_checkpoint,
-    verify_checkpoint,
-)
+from dist_dml.checkpoint import load_classes, load_embedder_tensors, load_optimizer_state
+from dist_dml.checkpoint_manifest import Manifest, Progress, newest_checkpoint, verify_checkpoint
 from dist_dml.config import Config
 from dist_dml.config_loading import config_hash, to_yaml
 from dist_dml.data.index import Index, load_index
@@ -143,7 +137,9 @@ def _find_start(config: Config, folder: Path) -> tuple[Path, Manifest] | None:
         return path, verify_checkpoint(path)
     newest = newest_checkpoint(folder / "checkpoints") if resume == "auto" else None
     started = folder / "metrics.jsonl"
-    if resume == "no" and started.exists() and started.stat().st_size > 0:
+    taken = started.exists() and started.stat().st_size > 0
+    taken = taken or any((folder / "checkpoints").glob("step-*"))
+    if resume == "no" and taken:
         raise UsageError(
             f"{folder} holds a run already; continue it with --resume auto, or choose another "
             "run.name"
@@ -164,6 +160,7 @@ def _restore(
         return Progress(), build_engine(config, embedder.to(world.device), world)
     path, manifest = found
     _check_plan(path, manifest.plan, facts)
+    _check_state(path, config)
     try:
         embedder.load_state_dict(load_embedder_tensors(path))
     except RuntimeError as error:
@@ -189,6 +186,22 @@ def _check_plan(path: Path, stored: dict[str, Any], facts: dict[str, Any]) -> No
             f"checkpoint {path} was trained in another order of samples ({'; '.join(differing)}); "
             "resume with the same data, run.seed, data.batch_size, data.drop_last and "
             "training.accumulate, or start a new run.name"
+        )
+
+
+def _check_state(path: Path, config: Config) -> None:
+    """Refuse settings whose state a checkpoint does not hold; shapes are compared when loading."""
+    stored = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    ours = config.model_dump(mode="json")
+    differing = [
+        f"{section}.{key} {stored[section][key]!r} -> {ours[section][key]!r}"
+        for section, key in (("optimizer", "name"), ("loss", "similarity"), ("loss", "bias"))
+        if stored[section][key] != ours[section][key]
+    ]
+    if differing:
+        raise UsageError(
+            f"checkpoint {path} was made with other settings ({'; '.join(differing)}) and lacks "
+            "the state of these; resume with its own, or start a new run.name"
         )
 
 

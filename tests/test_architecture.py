@@ -22,7 +22,17 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = {
     **dict.fromkeys(("train", "tune", "evaluate", "estimate", "cli"), 4),
     **dict.fromkeys(("entry", "journal", "training_run", "config_command", "command_line"), 4),
-    **dict.fromkeys(("engine", "checkpoint", "retrieval", "tracking", "parallel.classifier"), 3),
+    **dict.fromkeys(
+        (
+            "engine",
+            "checkpoint",
+            "checkpoint_manifest",
+            "retrieval",
+            "tracking",
+            "parallel.classifier",
+        ),
+        3,
+    ),
     **dict.fromkeys(("models", "data"), 2),
     **dict.fromkeys(
         ("parallel.class_parallel", "parallel.sampling", "parallel.class_optim"),

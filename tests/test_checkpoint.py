@@ -19,14 +19,16 @@ from worker_group import run_workers
 
 from dist_dml.checkpoint import (
     Contents,
-    Progress,
     load_classes,
     load_embedder_tensors,
     load_optimizer_state,
+    save_checkpoint,
+)
+from dist_dml.checkpoint_manifest import (
+    Progress,
     newest_checkpoint,
     prune_checkpoints,
     read_manifest,
-    save_checkpoint,
     verify_checkpoint,
 )
 from dist_dml.config import Config

@@ -41,7 +41,7 @@ def run_workers(
         WorkerFailed: with the first failing worker's traceback; all workers are killed.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed"])
+    context.set_forkserver_preload(["torch", "torch.distributed", "torch._dynamo"])
     meeting_point = str(tmp_path / f"store-{uuid.uuid4().hex}")
     receivers: list[Connection] = []
     processes = []

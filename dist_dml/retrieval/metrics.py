@@ -116,6 +116,12 @@ def macro_f1(truth: Int64[np.ndarray, " q"], prediction: Int64[np.ndarray, " q"]
     return float(np.mean(2 * correct / (true + predicted)))
 
 
+def score_names(recall_at: Sequence[int]) -> list[str]:
+    """The names of what `summarise` measures, where more is better; counts are not among them."""
+    recalls = [f"recall_at_{k}" for k in recall_at]
+    return [*recalls, "precision_at_1", "r_precision", "map_at_r", "f1_at_1"]
+
+
 def summarise(scores: QueryScores) -> dict[str, float]:
     """Means over the queries that can be answered, F1@1 (`macro_f1` of the nearest label), counts.
 

@@ -79,6 +79,18 @@ def test_an_unreadable_checkpoint(launcher: Launcher) -> None:
     assert path.read_bytes() == bytes(content)
 
 
+def test_resuming_with_another_optimizer_or_bias_or_batch(launcher: Launcher) -> None:
+    assert launcher.run("python", 1, "run.name=bad", "training.max_steps=1").exit_code == 0
+    arguments = ["--resume", "auto", "training.max_steps=2"]
+    for change, key in {
+        "optimizer={name: adamw}": "optimizer.name 'sgd' -> 'adamw'",
+        "loss.bias=false": "loss.bias True -> False",
+        "data.batch_size=64": "batch_size 128 -> 64",
+        "run.seed=3": "seed 0 -> 3",
+    }.items():
+        assert key in refused(launcher, *arguments, change, kind="python", workers=1)
+
+
 def test_a_damaged_image_met_by_one_worker_ends_all_and_is_named(
     launcher: Launcher, tmp_path: Path, data: Path
 ) -> None:
@@ -126,6 +138,11 @@ def test_a_full_disk_at_the_start(
     assert "free" in line
     assert "run.root" in line
     assert filler.stat().st_size == size
+
+
+def test_a_best_metric_that_is_not_measured(launcher: Launcher) -> None:
+    line = refused(launcher, "checkpoint.best_metric=unseen/cosine/map_at_rr", kind="by hand")
+    assert "unseen/cosine/map_at_r" in line
 
 
 def test_a_backbone_that_does_not_exist(launcher: Launcher) -> None:
