@@ -35,6 +35,7 @@ from dist_dml.errors import RunError, UsageError
 from dist_dml.parallel.classifier import ClassParallelClassifier
 from dist_dml.parallel.collectives import gather_objects
 from dist_dml.parallel.world import World
+from dist_dml.whole_files import sync_folder
 
 _EMBEDDER, _OPTIMIZER = "embedder.safetensors", "optimizer.safetensors"
 
@@ -148,19 +149,11 @@ def _finish(temporary: Path, final: Path, manifest: Manifest) -> None:
     contents["sha256"] = manifest_checksum(contents)
     path.write_text(json.dumps(contents, indent=1), encoding="utf-8")
     _flushed_entry(path)
-    _flush_folder(temporary)
+    sync_folder(temporary)
     if final.exists():  # A resumed run has come to a step that was saved before.
         shutil.rmtree(final)
     temporary.rename(final)
-    _flush_folder(final.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(final.parent)
 
 
 def load_embedder_tensors(checkpoint: Path) -> dict[str, Tensor]:

@@ -107,6 +107,9 @@ class TorchEngine:
                 forward_sync_buffers=False,
                 gradient_as_bucket_view=True,
             )
+            if config.data.image.channels == 1:
+                # The strides of a dimension of size 1 say nothing; DDP compares them all the same.
+                warnings.filterwarnings("ignore", "Grad strides do not match bucket", UserWarning)
             self._settle_buckets()
 
     def _settle_buckets(self) -> None:

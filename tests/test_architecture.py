@@ -40,6 +40,7 @@ LEVELS = {
     ),
     **dict.fromkeys(("losses", "parallel"), 1),
     **dict.fromkeys(("config", "config_loading", "errors", "keyed_random", "schedule"), 0),
+    **dict.fromkeys(("whole_files",), 0),
     "": 0,  # The package itself, which holds the version.
 }
 # Heavy libraries and the one part of the package that imports them, inside functions. Matplotlib

@@ -29,8 +29,9 @@ from dist_dml.data.index import (
 )
 from dist_dml.data.labels import TRAIN, Classes, number_classes, read_label
 from dist_dml.data.progress import ProgressLine
-from dist_dml.data.shards import scan_shard, sync_folder
+from dist_dml.data.shards import scan_shard
 from dist_dml.errors import UsageError
+from dist_dml.whole_files import write_json
 
 _SPLIT = re.compile(r"^(.+)-\d{6,}\.tar$")
 
@@ -241,18 +242,6 @@ def _write(
         )
         os.replace(temporary, root / name)
     write_json(root / DATASET_FILE, metadata)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file that is either whole or absent."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=1, ensure_ascii=False)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
 
 
 def describe(index: Index) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from dist_dml.errors import UsageError
+from dist_dml.whole_files import sync_folder
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 LABEL_EXTENSIONS = ("cls", "json")
@@ -85,15 +86,6 @@ def write_shard(path: Path, samples: Iterable[Mapping[str, str | bytes]]) -> int
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
     return count
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def scan_shard(path: Path) -> list[ScannedSample]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from dist_dml.tracking import run_files
 from dist_dml.tracking.destination import Destination
+from dist_dml.whole_files import write_json
 
 
 @dataclass
@@ -64,7 +65,7 @@ def _key(destination: Destination) -> str:
 def save_received(folder: Path, destination: Destination, received: Received) -> None:
     path = folder / run_files.MIRROR_STATE
     stored = run_files.read_json(path)
-    run_files.write_json(path, stored | {_key(destination): asdict(received)})
+    write_json(path, stored | {_key(destination): asdict(received)})
 
 
 def description_of(folder: Path) -> str:

@@ -14,6 +14,8 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from dist_dml.whole_files import write_json
+
 METRICS = "metrics.jsonl"
 """One object a line: `step, images_seen, seconds, name, value`. The source of truth."""
 SYSTEM = "system.jsonl"
@@ -28,17 +30,6 @@ MIRROR_STATE = "mlflow.json"
 """What each MLflow store has received. Losing it costs a look at the server, no more."""
 MIRROR_LOG = "mlflow.log"
 """What went wrong with MLflow, one line each."""
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replace `path` by `content` as a whole: readers see the old file or the new one."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with beside.open("w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=1, sort_keys=True)
-        stream.write("\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    beside.replace(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

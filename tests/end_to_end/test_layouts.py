@@ -63,7 +63,7 @@ def test_micro_batches_give_the_losses_of_the_whole_batch(
     launcher: Launcher, kind: str, workers: int
 ) -> None:
     """Without batch norm, which sees micro-batches; the last batch is short and is cut as well."""
-    model = "model={backbone: 'timm:vit_tiny_patch16_224', embedding_dim: 8}"
+    model = "model={backbone: 'timm:vit_tiny_patch16_224', embedding_dim: 8, norm: none}"
     image = "data.image={size: 32, channels: 1, resize: 0, mean: [0.5], std: [0.25]}"
     settings = [*launcher.settings, model, image, "training.max_steps=3", "data.batch_size=48"]
     settings += ["optimizer.clip_norm=0.5"]

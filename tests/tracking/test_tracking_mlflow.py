@@ -17,6 +17,7 @@ from dist_dml.tracking.mlflow_mirror import mirror_once
 from dist_dml.tracking.mlflow_run import connect, flatten_config, mlflow_name
 from dist_dml.tracking.received import is_mirrored
 from dist_dml.tracking.recorder import Recorder, encode_value
+from dist_dml.whole_files import write_json
 
 FINGERPRINT = "0123456789abcdef" * 4
 CONFIG = {
@@ -130,7 +131,7 @@ def test_a_call_that_died_before_it_could_note_what_it_sent_sends_no_duplicates(
     state = run_files.read_json(folder / "mlflow.json")
     for received in state.values():
         received["offsets"], received["last_step"] = {}, {}
-    run_files.write_json(folder / "mlflow.json", state)
+    write_json(folder / "mlflow.json", state)
     before = history(client, run_id, "train/loss")
     assert mirror_once(folder, destination) == run_id
     assert history(client, run_id, "train/loss") == before

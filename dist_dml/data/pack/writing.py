@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from dist_dml.data.index import Index
-from dist_dml.data.index_command import build_index, write_json
+from dist_dml.data.index_command import build_index
 from dist_dml.data.progress import ProgressLine
 from dist_dml.data.shards import write_shard
 from dist_dml.errors import RunError, UsageError
+from dist_dml.whole_files import write_json
 
 PACK_FILE = "pack.json"
 _TAR_BYTES_PER_SAMPLE = 3072
