@@ -60,11 +60,7 @@ def experiment_id(client: MlflowClient, destination: Destination) -> str:
         location = destination.artifact_root
         try:
             return client.create_experiment(
-                destination.experiment,
-                location.as_uri() if location else None,
-                # Without it the UI takes the experiment for one of language models and hides the
-                # pages of training runs.
-                {"mlflow.experimentKind": "custom_model_development"},
+                destination.experiment, location.as_uri() if location else None
             )
         except MlflowException as error:
             # Another run of the same moment may have made it between the two calls.

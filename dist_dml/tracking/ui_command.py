@@ -39,7 +39,9 @@ def run(arguments: argparse.Namespace) -> int:
     }
     process = subprocess.Popen(command, env=environment, start_new_session=True)
     print(
-        f"MLflow UI of {arguments.root}: http://{HOST}:{arguments.port} "
+        # MLflow 3 opens on its pages for language models; the parameter asks for training runs.
+        f"MLflow UI of {arguments.root}: "
+        f"http://{HOST}:{arguments.port}/#/experiments?workflowType=machine_learning "
         "(there in about 10 s; Ctrl-C ends it)",
         flush=True,
     )
