@@ -90,7 +90,7 @@ def resolve(path: str | Path | None, overrides: Sequence[str]) -> Resolved:
     return Resolved(_validate(tree), origins)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path) -> dict[Any, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

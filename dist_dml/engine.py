@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ from dist_dml.parallel.class_optim import (
 from dist_dml.parallel.world import World
 
 
+@runtime_checkable  # The tests execute all annotations.
 class Engine(Protocol):
     """The embedder as it trains. All methods are called by all workers together."""
 

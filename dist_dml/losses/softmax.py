@@ -15,7 +15,7 @@ Dimensions: R rows, C classes of all workers, t classes of a tile, k statistics.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -40,6 +40,7 @@ class TileTarget:
         return TileTarget(torch.where(present, labels - start, 0), present)
 
 
+@runtime_checkable  # The tests execute all annotations.
 class RowLoss(Protocol):
     """A loss whose rows are independent of each other; see the module's text for the four parts."""
 

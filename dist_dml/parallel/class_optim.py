@@ -86,10 +86,11 @@ def load_optimizer_tensors(
     for full_name, value in tensors.items():
         name, key = full_name.rsplit("|", 1)
         by_name.setdefault(name, {})[key] = value
+    # Adam counts its steps on the CPU, except in its fused form, which counts on the device.
+    is_fused = any(group.get("fused") for group in optimizer.param_groups)
     for parameter, name in names.items():
         if name in by_name:
             optimizer.state[parameter] = {
-                # Adam's step counts stay float32 on the device that the optimizer expects.
-                key: value.clone() if value.ndim == 0 else value.to(parameter.device)
+                key: value.to(parameter.device if value.ndim or is_fused else "cpu", copy=True)
                 for key, value in by_name[name].items()
             }

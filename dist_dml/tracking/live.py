@@ -8,12 +8,29 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TextIO
+from typing import Protocol, runtime_checkable
 
 REDRAW_SECONDS = 0.2
 WINDOW_SECONDS = 20.0
 LEAST_BAR = 8
 MOST_BAR = 30
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """What the line writes to: standard error, or anything like it."""
+
+    def write(self, text: str, /) -> int:
+        """Append text."""
+        ...
+
+    def flush(self) -> None:
+        """Hand on what was written."""
+        ...
+
+    def isatty(self) -> bool:
+        """Whether a person watches a terminal."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -88,7 +105,7 @@ class LiveLine:
     def __init__(
         self,
         total_steps: int,
-        stream: TextIO | None = None,
+        stream: Stream | None = None,
         interval_seconds: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -176,7 +193,7 @@ class LiveLine:
             return
         # The last column stays empty: some terminals begin a new line when it is written.
         columns = shutil.get_terminal_size().columns - 1
-        utf8 = (self._stream.encoding or "").lower().replace("-", "") == "utf8"
+        utf8 = (getattr(self._stream, "encoding", None) or "").lower().replace("-", "") == "utf8"
         line = format_line(self._progress, columns, "█░" if utf8 else "#-")
         self._write("\r" + line.ljust(min(self._drawn_width, columns)))
         self._drawn_width = len(line)

@@ -9,6 +9,7 @@ from launching import Launcher
 pytestmark = pytest.mark.slow
 
 LAYOUTS = [
+    ("torchrun", 1, ""),
     ("torchrun", 2, ""),
     ("torchrun", 3, ""),
     ("by hand", 2, ""),
