@@ -39,7 +39,7 @@ demo: $(READY)
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/deepspeed --num_accelerators $(DEMO_WORKERS) \
 		dist_dml/train.py --config configs/demo.yaml --resume auto
 	@echo "== demo 3/3: scores on classes never seen in training"
-	$(BIN)/dist-dml evaluate --run $(DEMO_RUN) --baselines
+	$(BIN)/dist-dml evaluate $(DEMO_RUN) --baselines
 	@$(BIN)/dist-dml track sync $(DEMO_RUN) >/dev/null
 	@echo "look at it:  make ui"
 

@@ -108,9 +108,9 @@ class TorchEngine:
                 forward_sync_buffers=False,
                 gradient_as_bucket_view=True,
             )
-            if config.data.image.channels == 1:
-                # The strides of a dimension of size 1 say nothing; DDP compares them all the same.
-                warnings.filterwarnings("ignore", "Grad strides do not match bucket", UserWarning)
+            # Images are channels-last, weights contiguous: gradients of 1x1 and grey kernels differ
+            # in the strides of dimensions of size 1, which say nothing, but DDP compares them.
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket", UserWarning)
             self._settle_buckets()
 
     def _settle_buckets(self) -> None:

@@ -1,6 +1,6 @@
 """ENTRY: checkpoint -> embeddings -> neighbours -> scores -> report.
 
-`dist-dml evaluate --run runs/demo --baselines`, or the same under torchrun, deepspeed or srun.
+`dist-dml evaluate runs/demo --baselines`, or the same under torchrun, deepspeed or srun.
 """
 
 from __future__ import annotations
@@ -260,7 +260,8 @@ def _write_recall(path: Path, rows: Mapping[str, Mapping[str, float]], config: C
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("--run", required=True, help="run folder, for example runs/demo")
+    # Not `--run`: torchrun takes that for one of its own, wherever it stands.
+    parser.add_argument("run", metavar="RUN", help="run folder, for example runs/demo")
     parser.add_argument("--checkpoint", default="best", help="best (default), last or a path")
     parser.add_argument(
         "--baselines", action="store_true", help="also score raw pixels and the untrained network"
@@ -272,6 +273,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Evaluate with the run's own configuration, unless another is given."""
     stored = Path(arguments.run) / "config.yaml"
+    if not stored.is_file():
+        raise UsageError(
+            f"{arguments.run} is not the folder of a run (it has no config.yaml); give one that "
+            "`dist-dml train` has made, for example runs/demo"
+        )
     arguments.config = arguments.config or str(stored)
     return run_worker(_evaluate, arguments, [])
 

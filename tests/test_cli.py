@@ -58,7 +58,7 @@ def test_help_lists_every_command_and_ends_well(capsys: pytest.CaptureFixture[st
         (["train", "--config", "absent.yaml", "--local_rank=0"], "absent.yaml cannot be read"),
         (["train", "--resume", "no"], "data.path is empty"),
         (["train", "run.seed=1", "--resume", "auto", "run.sed=2"], "did you mean run.seed"),
-        (["evaluate", "--run", "absent"], "absent/config.yaml cannot be read"),
+        (["evaluate", "absent"], "absent is not the folder of a run"),
     ],
 )
 def test_a_mistake_ends_with_exit_code_2_and_says_what_to_do(
