@@ -10,6 +10,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from dist_dml.errors import UsageError
+from dist_dml.loss_config import COUPLED_LOSSES, LossConfig
+from dist_dml.metric_parameters import parse_metric
+
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -154,25 +158,6 @@ class ModelConfig(Section):
     """Batch norms of the backbone keep their statistics, also in training (papers B and C)."""
 
 
-class LossConfig(Section):
-    """The class-parallel objective."""
-
-    name: Literal["cross_entropy"] = "cross_entropy"
-    """The loss."""
-    similarity: Literal["linear", "cosine"] = "linear"
-    """Logits: inner products with an optional bias, or cosines times `scale`."""
-    scale: Positive = 16.0
-    """Factor of the cosines (1 / temperature); used with similarity=cosine."""
-    bias: bool = True
-    """One trainable number a class, added to its logit; used with similarity=linear."""
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Paper B's: the true class gets 1 - e and every other one e / (C - 1)."""
-    init_std: NonNegative = 0.01
-    """Standard deviation of the initial class weights, drawn by class id. Paper B: 0."""
-    tile_mebibytes: Positive = 256.0
-    """Most memory a step may use beyond class weights, their gradient and optimizer state."""
-
-
 class OptimizerConfig(Section):
     """One kind of optimizer for the embedder and for the class weights."""
 
@@ -288,8 +273,17 @@ class EvaluationConfig(Section):
     """Evaluate every this many epochs; 0 evaluates only at the end."""
     protocols: tuple[ProtocolConfig, ...] = (ProtocolConfig(name="unseen"),)
     """The measurements."""
-    distances: tuple[Literal["cosine", "l2"], ...] = ("cosine", "l2")
-    """Distances to rank by."""
+    distances: tuple[str, ...] = ("cosine", "l2")
+    """Distances to rank by: `cosine` and `l2` of embeddings, `probability_l2` and the learned
+    `metric(p=0.1)`, `metric(k=0.8,p=0.5)`, `metric(p=0.1,top=64)` of class probabilities (closed
+    sets: the classes of the training). Without k, the largest that makes a metric.
+    """
+    certificates: tuple[str, ...] = ()
+    """Metrics whose certificates are measured on held-out images of the training classes, for
+    example `metric(p=0.5)`; see docs/metric_space.md.
+    """
+    certificate_split: str = "seen"
+    """Split with held-out images of training classes."""
     recall_at: tuple[Count, ...] = (1, 2, 4, 8)
     """The K of Recall@K."""
     nmi: bool = True
@@ -298,6 +292,21 @@ class EvaluationConfig(Section):
     """
     batch_size: Count = 256
     """Images a worker embeds at a time."""
+
+    @model_validator(mode="after")
+    def _distances_readable(self) -> EvaluationConfig:
+        for key, named in (("distances", ("cosine", "l2", "probability_l2")), ("certificates", ())):
+            for text in getattr(self, key):
+                if text in named:
+                    continue
+                if not text.startswith("metric("):
+                    known = ", ".join((*named, "metric(p=0.1)"))
+                    raise ValueError(f"evaluation.{key} has {text!r}; use {known}")
+                try:
+                    parse_metric(text)
+                except UsageError as error:
+                    raise ValueError(f"evaluation.{key}: {error}") from None
+        return self
 
 
 class TrackingConfig(Section):
@@ -336,5 +345,10 @@ class Config(Section):
             raise ValueError(
                 f"training.accumulate={self.training.accumulate} exceeds "
                 f"data.batch_size={self.data.batch_size}; a micro-batch needs a row"
+            )
+        if self.training.accumulate > 1 and self.loss.name in COUPLED_LOSSES:
+            raise ValueError(
+                f"training.accumulate={self.training.accumulate} cuts the batch, but the rows of "
+                f"loss.name={self.loss.name} depend on each other; set training.accumulate=1"
             )
         return self

@@ -21,7 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 # only commands may import stands on their level, however little it imports itself.
 LEVELS = {
     **dict.fromkeys(("train", "tune", "evaluate", "estimate", "cli"), 4),
-    **dict.fromkeys(("entry", "journal", "training_run", "config_command", "command_line"), 4),
+    **dict.fromkeys(
+        ("entry", "journal", "training_run", "measurement", "config_command", "command_line"), 4
+    ),
     **dict.fromkeys(
         (
             "engine",
@@ -36,12 +38,17 @@ LEVELS = {
     ),
     **dict.fromkeys(("models", "data"), 2),
     **dict.fromkeys(
-        ("parallel.class_parallel", "parallel.sampling", "parallel.class_optim"),
+        (
+            "parallel.class_parallel",
+            "parallel.class_scores",
+            "parallel.sampling",
+            "parallel.class_optim",
+        ),
         2,
     ),
     **dict.fromkeys(("losses", "parallel"), 1),
     **dict.fromkeys(("config", "config_loading", "errors", "keyed_random", "schedule"), 0),
-    **dict.fromkeys(("whole_files",), 0),
+    **dict.fromkeys(("whole_files", "loss_config", "metric_parameters"), 0),
     "": 0,  # The package itself, which holds the version.
 }
 # Heavy libraries and the one part of the package that imports them, inside functions. Matplotlib

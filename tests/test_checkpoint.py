@@ -46,7 +46,13 @@ SETTINGS = [
     "data.image={size: 8, channels: 1, resize: 0, mean: [0.5], std: [0.25]}",
     "model={embedding_dim: 6, norm: batch}",
 ]
-OPTIMIZERS = ["sgd", "adamw"]
+# By name, the settings besides SETTINGS; the optimizer comes first.
+CASES = {
+    "sgd": ("optimizer.name=sgd",),
+    "adamw": ("optimizer.name=adamw",),
+    "centres": ("optimizer.name=adamw", "loss.name=soft_triple", "loss.centres=3"),
+    "running norms": ("optimizer.name=sgd", "loss.name=adaface"),
+}
 
 
 @dataclass
@@ -96,7 +102,7 @@ def clones(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def trainee(
-    optimizer: str,
+    case: str,
     rank: int = 0,
     size: int = 1,
     group: ProcessGroup | None = None,
@@ -104,7 +110,7 @@ def trainee(
     num_classes: int = C,
 ) -> Trainee:
     """New, or restored from a checkpoint in the order that the project uses."""
-    config = resolve(None, [*SETTINGS, f"optimizer.name={optimizer}"]).config
+    config = resolve(None, [*SETTINGS, *CASES[case]]).config
     world = World(Ranks(rank, size, rank, size), torch.device("cpu"), group, None)
     embedder = build_embedder(config.model, config.data.image, 0, group)
     partition = ClassPartition.of_worker(rank, size, num_classes, group)
@@ -120,10 +126,10 @@ def trainee(
 
 def train_and_save(rank: int, size: int, group: ProcessGroup, folder: Path) -> list[Any]:
     results = []
-    for optimizer in OPTIMIZERS:
-        worker = trainee(optimizer, rank, size, group)
+    for case in CASES:
+        worker = trainee(case, rank, size, group)
         worker.train(range(2))
-        worker.save(folder / optimizer, 2)
+        worker.save(folder / case, 2)
         results.append(worker.tensors())
     return results
 
@@ -132,10 +138,10 @@ def load_and_save(
     rank: int, size: int, group: ProcessGroup, source: Path, target: Path
 ) -> list[Any]:
     results = []
-    for optimizer in OPTIMIZERS:
-        checkpoint = source / optimizer / "step-000000002"
-        worker = trainee(optimizer, rank, size, group, checkpoint)
-        worker.save(target / optimizer, 2)
+    for case in CASES:
+        checkpoint = source / case / "step-000000002"
+        worker = trainee(case, rank, size, group, checkpoint)
+        worker.save(target / case, 2)
         results.append(worker.tensors())
     return results
 
@@ -165,29 +171,31 @@ def assert_equal(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 def test_what_2_workers_saved_is_the_same_on_3_and_on_1(tmp_path: Path) -> None:
     saved = run_workers(train_and_save, 2, tmp_path, tmp_path / "two")
     loaded = run_workers(load_and_save, 3, tmp_path, tmp_path / "two", tmp_path / "three")
-    for case, optimizer in enumerate(OPTIMIZERS):
-        wanted = joined([worker[case] for worker in saved])
+    for number, case in enumerate(CASES):
+        wanted = joined([worker[number] for worker in saved])
         # 11 classes: 6 and 5 on two workers, 4, 4 and 3 on three.
-        sizes = [len(worker[case]["classes"]["weight"]) for worker in (*saved, *loaded)]
+        sizes = [len(worker[number]["classes"]["weight"]) for worker in (*saved, *loaded)]
         assert sizes == [6, 5, 4, 4, 3]
-        state = {"sgd": {"momentum_buffer"}, "adamw": {"step", "exp_avg", "exp_avg_sq"}}[optimizer]
+        states = {"sgd": {"momentum_buffer"}, "adamw": {"step", "exp_avg", "exp_avg_sq"}}
+        state = states[CASES[case][0].partition("=")[2]]
         assert {n.split("|")[1] for n in wanted if n.startswith("classes weight|")} == state
         assert {n.split("|")[1] for n in wanted if n.startswith("optimizer")} == state
-        assert wanted["classes weight"].shape == (C, 6)
-        assert_equal(joined([worker[case] for worker in loaded]), wanted)
+        assert wanted["classes weight"].shape == ((C, 3, 6) if case == "centres" else (C, 6))
+        assert ("classes norm_mean" in wanted) == (case == "running norms")
+        assert_equal(joined([worker[number] for worker in loaded]), wanted)
         # Files that two and three workers wrote, both read by one.
         for folder in ("two", "three"):
-            one = trainee(optimizer, checkpoint=tmp_path / folder / optimizer / "step-000000002")
+            one = trainee(case, checkpoint=tmp_path / folder / case / "step-000000002")
             assert_equal(joined([one.tensors()]), wanted)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_training_goes_on_bitwise_as_if_never_interrupted(optimizer: str, tmp_path: Path) -> None:
-    whole = trainee(optimizer)
+@pytest.mark.parametrize("case", CASES)
+def test_training_goes_on_bitwise_as_if_never_interrupted(case: str, tmp_path: Path) -> None:
+    whole = trainee(case)
     whole.train(range(5))
-    before = trainee(optimizer)
+    before = trainee(case)
     before.train(range(3))
-    after = trainee(optimizer, checkpoint=before.save(tmp_path, 3))
+    after = trainee(case, checkpoint=before.save(tmp_path, 3))
     after.train(range(3, 5))
     assert_equal(joined([after.tensors()]), joined([whole.tensors()]))
 

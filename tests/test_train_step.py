@@ -29,8 +29,6 @@ def configuration(*overrides: str) -> Config:
     settings = [
         "data.image={size: 16, channels: 1, resize: 0, mean: [0.5], std: [0.25]}",
         "model={embedding_dim: 12, norm: batch, dropout: 0.4}",
-        "loss.label_smoothing=0.1",
-        "loss.init_std=0.3",
         "optimizer={name: sgd, learning_rate: 0.1}",
     ]
     return resolve(None, [*settings, *overrides]).config
@@ -89,13 +87,19 @@ def trained(
         (3, ()),
         (3, ("loss.similarity=cosine", "loss.scale=16", "optimizer.clip_norm=0.1")),
         (3, ("training.accumulate=3",)),
+        (3, ("loss={name: l2, p: 0.5, a: 0.21, init_std: 0.3}", "training.accumulate=2")),
+        (3, ("loss={name: soft_triple, centres: 2, init_std: 0.3}", "training.accumulate=2")),
+        (2, ("loss={name: adaface, scale: 8, init_std: 0.3}",)),
+        (3, ("loss={name: proxy_anchor, init_std: 0.3}",)),
     ],
 )
 def test_workers_train_like_one_process_on_the_whole_batch(
     num_workers: int, overrides: tuple[str, ...], tmp_path: Path
 ) -> None:
     """128 rows on 3 workers are uneven; batch norm and dropout are those of the whole batch."""
-    config = configuration(*overrides)
+    smoothed = ("loss.label_smoothing=0.1", "loss.init_std=0.3")
+    named = any(override.startswith("loss={") for override in overrides)
+    config = configuration(*(() if named else smoothed), *overrides)
     expected = trained(0, 1, None, config, 4)
     results = run_workers(trained, num_workers, tmp_path, config, 4)
     for result in results:

@@ -1,21 +1,24 @@
 """What a softmax-like loss needs of its logits: row statistics, a value, a gradient rule.
 
 A loss of this family never sees all classes of a row at once. It sees tiles of them, in any order
-and on any worker, and says (DESIGN of the class-parallel objective, `docs/ARCHITECTURE.md`):
+and on any worker, and says (`docs/ARCHITECTURE.md`, "The class-parallel loss"):
 
 1. `tile_statistics`: a few numbers a row from one tile of logits,
 2. `merge`: how the numbers of two disjoint sets of classes become those of their union; associative
    and commutative up to rounding, so that tiles and workers merge by the same rule,
-3. `values`: the loss of each row from the merged numbers,
-4. `gradient_`: dL/ds of a tile from the tile's logits and the merged numbers.
+3. `tile_refinement`, for losses that need the merged numbers of 1 before they can add up what their
+   value needs (paper A's): further numbers a row, summed over tiles and workers,
+4. `values`: the loss of each row from all these numbers,
+5. `gradient_`: dL/ds of a tile from the tile's logits and `gradient_terms`, which depend on the row
+   alone and are made once.
 
-Dimensions: R rows, C classes of all workers, t classes of a tile, k statistics.
+Dimensions: R rows, C classes of all workers, t classes of a tile, K centres of a class, k numbers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,28 +27,64 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TileTarget:
-    """Where each row's label lies in a tile, if it does.
+    """Which classes a tile holds, and where each row's label lies in it, if it does.
 
     `column` (R,) is the label's column, 0 where the label is elsewhere; `present` (R,) tells which.
-    Both keep the shape fixed, so that nothing waits for the device to count rows.
+    Both keep the shape fixed, so that nothing waits for the device to count rows. `first_id` is the
+    id of the tile's first class, `local` the tile's place in a vector over this worker's classes.
     """
 
     column: Int[Tensor, " R"]
     present: Bool[Tensor, " R"]
+    first_id: int
+    local: slice
 
     @staticmethod
-    def of(labels: Int[Tensor, " R"], start: int, stop: int) -> TileTarget:
-        """The targets in the tile of class ids `start..stop-1`."""
+    def of(labels: Int[Tensor, " R"], start: int, stop: int, first_class: int = 0) -> TileTarget:
+        """The targets in the tile of class ids `start..stop-1`, on the owner of `first_class..`."""
         present = (labels >= start) & (labels < stop)
-        return TileTarget(torch.where(present, labels - start, 0), present)
+        local = slice(start - first_class, stop - first_class)
+        return TileTarget(torch.where(present, labels - start, 0), present, start, local)
+
+    def read(
+        self, logits: Float[Tensor, "R t"], elsewhere: float = float("-inf")
+    ) -> Float[Tensor, " R"]:
+        """Each row's entry at its label, `elsewhere` for labels outside the tile."""
+        return torch.where(self.present, logits.gather(1, self.column[:, None])[:, 0], elsewhere)
+
+    def write_(self, logits_: Float[Tensor, "R t"], values: Float[Tensor, " R"] | float) -> None:
+        """Overwrite the labels' entries; touches R elements, whatever the tile's size."""
+        column = self.column[:, None]
+        kept = logits_.gather(1, column)[:, 0]
+        logits_.scatter_(1, column, torch.where(self.present, values, kept)[:, None])
 
 
 @runtime_checkable  # The tests execute all annotations.
 class RowLoss(Protocol):
-    """A loss whose rows are independent of each other; see the module's text for the four parts."""
+    """A loss whose rows are independent of each other; see the module's text for its parts."""
+
+    @property
+    def centres(self) -> int:
+        """K: columns of each class in the logits it is given, class by class."""
+        ...
+
+    @property
+    def buffers(self) -> float:
+        """Buffers of R x t numbers that it uses beside the logits, for the memory's budget."""
+        ...
+
+    @property
+    def row_numbers(self) -> int:
+        """k: numbers a row of its statistics, for the memory's budget."""
+        ...
+
+    @property
+    def refined(self) -> bool:
+        """Whether `tile_refinement` is needed: one more sweep, 2*R*c*D operations."""
+        ...
 
     def tile_statistics(
-        self, logits_: Float[Tensor, "R t"], target: TileTarget
+        self, logits_: Float[Tensor, "R tK"], target: TileTarget
     ) -> Float[Tensor, "k R"]:
         """The statistics of one tile. Overwrites `logits_`, which saves a buffer of its size."""
         ...
@@ -56,118 +95,153 @@ class RowLoss(Protocol):
         """The statistics of the union of two disjoint sets of classes."""
         ...
 
+    def tile_refinement(
+        self, logits_: Float[Tensor, "R tK"], target: TileTarget, statistics: Float[Tensor, "k R"]
+    ) -> Float[Tensor, "m R"]:
+        """Numbers that are summed over tiles and workers, and appended to the statistics."""
+        ...
+
     def values(self, statistics: Float[Tensor, "k R"]) -> Float[Tensor, " R"]:
         """The loss of each row."""
         ...
 
-    def correct(self, statistics: Float[Tensor, "k R"]) -> Bool[Tensor, " R"]:
-        """Whether the label's logit is above every other one (a tie is not)."""
+    def label_and_rival(self, statistics: Float[Tensor, "k R"]) -> Float[Tensor, "2 R"]:
+        """The label's logit and the largest other one: a row is correct if the first is larger."""
+        ...
+
+    def gradient_terms(self, statistics: Float[Tensor, "k R"]) -> Float[Tensor, "g R"]:
+        """What `gradient_` needs to know of each row."""
         ...
 
     def gradient_(
         self,
-        logits_: Float[Tensor, "R t"],
+        logits_: Float[Tensor, "R tK"],
         target: TileTarget,
-        statistics: Float[Tensor, "k R"],
+        terms: Float[Tensor, "g R"],
         upstream: Float[Tensor, " R"],
     ) -> None:
         """Overwrite a tile's logits by `upstream[i] * dL_i/ds_ij`."""
         ...
 
 
-# Rows of the cross-entropy's statistics. `_PEAK` is the largest logit, `_MASS` the sum of
-# exp(s - peak), `_TARGET` the label's logit (-inf where the label is elsewhere), `_RIVAL` the
-# largest other logit. For label smoothing, `_GAP` is the sum of (peak - s) and `_COUNT` the number
-# of classes: a plain sum of logits would cancel against (C - 1) * peak and lose all digits at many
-# classes.
-_PEAK, _MASS, _TARGET, _RIVAL, _GAP, _COUNT = range(6)
+# Rows of the cross-entropy's statistics. `_TARGET` is the label's logit (-inf where the label is
+# elsewhere), `_RIVAL` the largest other logit, `_MASS` the sum of exp(s - rival) over the other
+# classes: with the label's own share in it, 1 - p_y would lose its digits where p_y is near 1. For
+# label smoothing, `_GAP` is the others' sum of (rival - s) and `_COUNT` their number: a plain sum
+# of logits would cancel against (C - 1) * rival and lose all digits at many classes.
+_TARGET, _RIVAL, _MASS, _GAP, _COUNT = range(5)
 
 
 @dataclass(frozen=True)
 class CrossEntropy:
-    """Softmax cross-entropy, with paper B's label smoothing.
+    """Softmax cross-entropy, with label smoothing in paper B's or PyTorch's form.
 
-    Equal to `F.cross_entropy(logits, labels, reduction="none", label_smoothing=e * C / (C - 1))`:
-    the true class gets 1 - e and every *other* class e / (C - 1), whereas PyTorch spreads e over
-    all C classes (paper B's code, papers.md 3.12). That code reports the KL divergence, which is
-    smaller by the entropy of the smoothed label, a constant; the gradients are the same.
+    With `smoothing="all"` equal to `F.cross_entropy(logits, labels, reduction="none",
+    label_smoothing=e)`, which spreads e over all C classes. With `others` the true class gets 1 - e
+    and every *other* class e / (C - 1) (paper B's code): the same with e * C / (C - 1). That code
+    reports the KL divergence, which is smaller by the entropy of the smoothed label, a constant;
+    the gradients are the same.
 
     Attributes:
         num_classes: C, of all workers.
         label_smoothing: e in [0, 1).
+        smoothing: who shares e.
     """
 
     num_classes: int
     label_smoothing: float = 0.0
+    smoothing: Literal["others", "all"] = "others"
+
+    centres = 1
+    buffers = 0.0
+    row_numbers = 5
+    refined = False
+
+    @property
+    def _shares(self) -> tuple[float, float]:
+        """The smoothed label: of the true class, and of each other one."""
+        e, c = self.label_smoothing, self.num_classes
+        if e == 0:
+            return 1.0, 0.0
+        return (1 - e, e / (c - 1)) if self.smoothing == "others" else (1 - e + e / c, e / c)
 
     def tile_statistics(
         self, logits_: Float[Tensor, "R t"], target: TileTarget
     ) -> Float[Tensor, "k R"]:
-        """Six numbers a row; see `RowLoss`. Three passes over the tile, one exponential a logit."""
-        column = target.column[:, None]
-        at_column = logits_.gather(1, column).squeeze(1)
-        target_logit = torch.where(target.present, at_column, float("-inf"))
-        # The rival is the maximum with the label's own logit hidden; hiding and putting back
-        # touches R elements only.
-        hidden = torch.where(target.present, float("-inf"), at_column)
-        logits_.scatter_(1, column, hidden[:, None])
-        rival = logits_.amax(1)
-        logits_.scatter_(1, column, at_column[:, None])
-        peak = torch.maximum(rival, target_logit)
-        logits_.sub_(peak[:, None])
-        # The gap serves smoothing alone and costs a pass over the tile, so it is skipped otherwise.
-        gap = -logits_.sum(1) if self.label_smoothing > 0 else torch.zeros_like(peak)
+        """Five numbers a row; see `RowLoss`. Three passes over the tile, one exponential a
+        logit."""
+        label = target.read(logits_)
+        target.write_(logits_, float("-inf"))
+        # In a tile of nothing but the label a number, which keeps the merges' differences finite.
+        rival = logits_.amax(1).clamp_min(torch.finfo(label.dtype).min / 4)
+        logits_.sub_(rival[:, None])
+        gap = torch.zeros_like(rival)
+        if self.label_smoothing > 0:  # One more pass, for smoothing alone.
+            target.write_(logits_, 0.0)
+            gap = -logits_.sum(1)
+            target.write_(logits_, float("-inf"))
         mass = logits_.exp_().sum(1)
-        count = torch.full_like(peak, logits_.shape[1])
-        return torch.stack((peak, mass, target_logit, rival, gap, count))
+        count = logits_.shape[1] - target.present.to(rival.dtype)
+        return torch.stack((label, rival, mass, gap, count))
 
     def merge(
         self, first: Float[Tensor, "k R"], second: Float[Tensor, "k R"]
     ) -> Float[Tensor, "k R"]:
-        """Maxima of maxima; masses rescaled and gaps shifted to the common peak."""
-        peak = torch.maximum(first[_PEAK], second[_PEAK])
-        first_drop, second_drop = peak - first[_PEAK], peak - second[_PEAK]
+        """Maxima of maxima; masses rescaled and gaps shifted to the common rival."""
+        largest = torch.maximum(first[: _RIVAL + 1], second[: _RIVAL + 1])
+        first_drop, second_drop = largest[_RIVAL] - first[_RIVAL], largest[_RIVAL] - second[_RIVAL]
         mass = first[_MASS] * torch.exp(-first_drop) + second[_MASS] * torch.exp(-second_drop)
         gap = first[_GAP] + first[_COUNT] * first_drop
         gap = gap + second[_GAP] + second[_COUNT] * second_drop
-        return torch.stack(
-            (
-                peak,
-                mass,
-                torch.maximum(first[_TARGET], second[_TARGET]),
-                torch.maximum(first[_RIVAL], second[_RIVAL]),
-                gap,
-                first[_COUNT] + second[_COUNT],
-            )
-        )
+        return torch.stack((*largest, mass, gap, first[_COUNT] + second[_COUNT]))
 
     def values(self, statistics: Float[Tensor, "k R"]) -> Float[Tensor, " R"]:
-        """lse - sum_j t_j s_j, from differences to the peak, which stay exact at logits of 1e4."""
+        """sum_j t_j (lse - s_j), from differences of logits, which stay exact at 1e4."""
         log_mass = statistics[_MASS].log()
-        to_target = statistics[_PEAK] - statistics[_TARGET]
-        if self.label_smoothing == 0:
-            return log_mass + to_target
-        others = statistics[_GAP] - to_target
-        share = self.label_smoothing / (self.num_classes - 1)
-        return log_mass + (1 - self.label_smoothing) * to_target + share * others
+        ahead = statistics[_TARGET] - statistics[_RIVAL]
+        of_label, of_other = self._shares
+        value = of_label * torch.logaddexp(log_mass - ahead, torch.zeros_like(ahead))
+        if of_other:
+            to_rival = statistics[_COUNT] * torch.logaddexp(log_mass, ahead)
+            value = value + of_other * (to_rival + statistics[_GAP])
+        return value
 
-    def correct(self, statistics: Float[Tensor, "k R"]) -> Bool[Tensor, " R"]:
-        """Label above all rivals. Ties count as wrong: zero weights must not score 100%."""
-        return statistics[_TARGET] > statistics[_RIVAL]
+    def label_and_rival(self, statistics: Float[Tensor, "k R"]) -> Float[Tensor, "2 R"]:
+        """Two of the statistics."""
+        return statistics[: _RIVAL + 1]
+
+    def tile_refinement(
+        self, logits_: Float[Tensor, "R t"], target: TileTarget, statistics: Float[Tensor, "k R"]
+    ) -> Float[Tensor, "m R"]:
+        """Nothing."""
+        return statistics[:0]
+
+    def gradient_terms(self, statistics: Float[Tensor, "k R"]) -> Float[Tensor, "3 R"]:
+        """The normaliser's logarithm, what its rounding takes from the softmax, the label's own.
+
+        At logits of 1e4 it takes 5e-4 in float32; the factor costs nothing in the tiles.
+        """
+        target, rival = statistics[_TARGET], statistics[_RIVAL]
+        peak, log_mass = torch.maximum(target, rival), statistics[_MASS].log()
+        from_peak = torch.logaddexp(rival - peak + log_mass, target - peak)
+        normaliser = peak + from_peak
+        lost = (normaliser - peak) - from_peak
+        of_label, _ = self._shares
+        label_gradient = (1 - of_label) - torch.sigmoid(rival - target + log_mass)
+        return torch.stack((normaliser, lost.exp(), label_gradient))
 
     def gradient_(
         self,
         logits_: Float[Tensor, "R t"],
         target: TileTarget,
-        statistics: Float[Tensor, "k R"],
+        terms: Float[Tensor, "3 R"],
         upstream: Float[Tensor, " R"],
     ) -> None:
         """(softmax - smoothed label) times upstream; softmax from log-probabilities, in place."""
-        log_normaliser = statistics[_PEAK] + statistics[_MASS].log()
-        logits_.sub_(log_normaliser[:, None]).exp_()
-        off_target = self.label_smoothing / (self.num_classes - 1) if self.label_smoothing else 0.0
-        if off_target:
-            logits_.sub_(off_target)
-        extra = target.present.to(logits_.dtype) * -(1 - self.label_smoothing - off_target)
-        logits_.scatter_add_(1, target.column[:, None], extra[:, None])
-        logits_.mul_(upstream[:, None])
+        normaliser, factor, label_gradient = terms
+        logits_.sub_(normaliser[:, None]).exp_()
+        _, of_other = self._shares
+        if of_other:
+            logits_.sub_((of_other / factor)[:, None])
+        logits_.mul_((upstream * factor)[:, None])
+        target.write_(logits_, label_gradient * upstream)

@@ -6,7 +6,10 @@ Two similarities between a row `z` and a class weight `w_j`, told apart by `scal
 - cosine: s_j = scale * z . w_j / |w_j| for rows of unit length. The division is a factor of the
   column, so no normalised copy of the weights exists.
 
-Dimensions: R rows of all workers, c classes of this worker, t classes of a tile, D features.
+A class may have K centres, whose rows of weights follow each other: class, then centre.
+
+Dimensions: R rows of all workers, c classes of this worker, t classes of a tile, K centres of a
+class, D features.
 """
 
 from __future__ import annotations
@@ -31,16 +34,25 @@ class ClassShard:
     """One worker's class weights, with their gradients, which backward sweeps write in place.
 
     Attributes:
-        weight: (c, D), `weight_gradient` of the same shape.
+        weight: (c * K, D), `weight_gradient` of the same shape.
         bias: (c,) or None, with `bias_gradient`.
         scale: factor of cosines, or None for inner products.
+        centres: K; with a bias it is 1.
+        tile_dtype: dtype of the operands of the matrix products, if not the weights'. Products are
+            accumulated in float32; everything else is in the weights' dtype.
     """
 
-    weight: Float[Tensor, "c D"]
-    weight_gradient: Float[Tensor, "c D"] | None
+    weight: Float[Tensor, "cK D"]
+    weight_gradient: Float[Tensor, "cK D"] | None
     bias: Float[Tensor, " c"] | None = None
     bias_gradient: Float[Tensor, " c"] | None = None
     scale: float | None = None
+    centres: int = 1
+    tile_dtype: torch.dtype | None = None
+
+    def rows(self, start: int, stop: int) -> slice:
+        """The rows of weights of local classes `start..stop-1`."""
+        return slice(start * self.centres, stop * self.centres)
 
 
 def tile_bounds(num_classes: int, tile_classes: int) -> Iterator[tuple[int, int]]:
@@ -49,42 +61,81 @@ def tile_bounds(num_classes: int, tile_classes: int) -> Iterator[tuple[int, int]
         yield start, min(start + tile_classes, num_classes)
 
 
-def tile_classes_within(
-    tile_bytes: int, num_rows: int, num_features: int, element_size: int
-) -> int:
-    """The largest tile whose sweep stays within `tile_bytes` beyond inputs, gradients and state.
+@dataclass(frozen=True)
+class TileDemand:
+    """What a sweep holds besides weights, gradients and state, in numbers of the rows' dtype.
 
-    Counts what a sweep holds besides its tiles (gathered and padded rows, their gradient and its
-    reduction, statistics of a row) and for each class of a tile one column of logits and, for
-    cosines, one row of weight gradient before its projection and one product of the same shape.
+    Attributes:
+        num_rows: R.
+        num_features: D.
+        centres: K.
+        buffers: buffers of R x t numbers beside the logits.
+        row_numbers: statistics of a row; merging holds several copies.
+    """
+
+    num_rows: int
+    num_features: int
+    centres: int = 1
+    buffers: float = 0.0
+    row_numbers: int = 6
+
+    def of_rows(self) -> int:
+        """Gathered and padded rows, their gradient and its reduction, statistics."""
+        return self.num_rows * (6 * self.num_features + 4 * self.row_numbers + 8)
+
+    def of_class(self) -> float:
+        """One class's logits and buffers and, for cosines, weight gradients before projection."""
+        columns = self.num_rows * (self.centres + self.buffers)
+        return columns + (2 * self.num_features + 8) * self.centres
+
+
+def tile_classes_within(tile_bytes: int, demand: TileDemand, element_size: int) -> int:
+    """The largest tile whose sweep stays within `tile_bytes`.
 
     Raises:
         UsageError: if not even a small tile fits; the message says how much would.
     """
-    rows = num_rows * (6 * num_features + 32) * element_size
-    per_class = (num_rows + 2 * num_features + 8) * element_size
-    tile_classes = (tile_bytes - rows) // per_class
+    rows = demand.of_rows() * element_size
+    per_class = demand.of_class() * element_size
+    tile_classes = int((tile_bytes - rows) / per_class)
     if tile_classes < _FEWEST_TILE_CLASSES:
         needed = (rows + _FEWEST_TILE_CLASSES * per_class) / 2**20
         raise UsageError(
-            f"loss.tile_mebibytes={tile_bytes / 2**20:g} is too small for {num_rows} rows of "
-            f"{num_features} features; set it to {needed:.1f} or more, or lower data.batch_size"
+            f"loss.tile_mebibytes={tile_bytes / 2**20:g} is too small for {demand.num_rows} rows "
+            f"of {demand.num_features} features; set it to {needed:.1f} or more, or lower "
+            "data.batch_size"
         )
     return tile_classes
 
 
 def tile_logits(
     rows: Float[Tensor, "R D"], shard: ClassShard, start: int, stop: int, buffer: Tensor
-) -> Float[Tensor, "R t"]:
-    """The logits of local classes `start..stop-1`, written into `buffer` (flat, R * t or more)."""
-    weight = shard.weight[start:stop]
+) -> Float[Tensor, "R tK"]:
+    """The logits of local classes `start..stop-1`, written into `buffer` (flat, R * t * K or more).
+
+    Class by class, and within a class centre by centre.
+    """
+    weight = shard.weight[shard.rows(start, stop)]
     logits = buffer[: len(rows) * len(weight)].view(len(rows), len(weight))
-    torch.mm(rows, weight.T, out=logits)
+    _product(rows, weight.T, shard.tile_dtype, logits)
     if shard.bias is not None:
         logits.add_(shard.bias[start:stop])
     if shard.scale is not None:
         logits.mul_(_column_factors(weight, shard.scale))
     return logits
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype | None, out: Tensor) -> None:
+    """left @ right into `out`, from operands rounded to `dtype`.
+
+    On CUDA the product keeps its float32 sums; on a CPU it rounds them to `dtype` once at the end.
+    """
+    if dtype is None or dtype == left.dtype:
+        torch.mm(left, right, out=out)
+    elif left.is_cuda:
+        torch.mm(left.to(dtype), right.to(dtype), out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(left.to(dtype) @ right.to(dtype))
 
 
 def _column_factors(weight: Float[Tensor, "t D"], scale: float) -> Float[Tensor, " t"]:
@@ -96,7 +147,7 @@ def tile_gradient_(
     shard: ClassShard,
     start: int,
     stop: int,
-    logit_gradient: Float[Tensor, "R t"],
+    logit_gradient: Float[Tensor, "R tK"],
     row_gradient: Float[Tensor, "R D"],
     accumulate: bool,
 ) -> None:
@@ -108,25 +159,32 @@ def tile_gradient_(
     Args:
         accumulate: add to the gradients present (later micro-batches) instead of overwriting them.
     """
-    weight = shard.weight[start:stop]
+    weight = shard.weight[shard.rows(start, stop)]
     if shard.scale is not None:
         logit_gradient.mul_(_column_factors(weight, shard.scale))
-    row_gradient.addmm_(logit_gradient, weight)
+    if shard.tile_dtype is None:
+        row_gradient.addmm_(logit_gradient, weight)
+    else:
+        part = torch.empty_like(row_gradient)
+        _product(logit_gradient, weight, shard.tile_dtype, part)
+        row_gradient.add_(part)
     if shard.bias_gradient is not None:
         total = logit_gradient.sum(0)
         target = shard.bias_gradient[start:stop]
         target.add_(total) if accumulate else target.copy_(total)
     if shard.weight_gradient is None:
         return
-    target = shard.weight_gradient[start:stop]
-    if shard.scale is None:
+    target = shard.weight_gradient[shard.rows(start, stop)]
+    if shard.scale is None and not (accumulate and shard.tile_dtype):
         if accumulate:
             target.addmm_(logit_gradient.T, rows)
         else:
-            torch.mm(logit_gradient.T, rows, out=target)
+            _product(logit_gradient.T, rows, shard.tile_dtype, target)
         return
-    gradient = logit_gradient.T @ rows
-    square = torch.linalg.vector_norm(weight, dim=1).clamp_min(_SMALLEST_NORM).square()
-    along = torch.linalg.vecdot(gradient, weight) / square
-    gradient.addcmul_(weight, along[:, None], value=-1)
+    gradient = torch.empty_like(weight)
+    _product(logit_gradient.T, rows, shard.tile_dtype, gradient)
+    if shard.scale is not None:
+        square = torch.linalg.vector_norm(weight, dim=1).clamp_min(_SMALLEST_NORM).square()
+        along = torch.linalg.vecdot(gradient, weight) / square
+        gradient.addcmul_(weight, along[:, None], value=-1)
     target.add_(gradient) if accumulate else target.copy_(gradient)

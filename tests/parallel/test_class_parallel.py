@@ -47,7 +47,7 @@ def dense_twin(
     leaves = [tensor.clone().requires_grad_() for tensor in (embeddings, weight, bias)]
     z, w, b = leaves
     if config.similarity == "cosine":
-        logits = config.scale * F.normalize(z, dim=1) @ F.normalize(w, dim=1).T
+        logits = config.factor * F.normalize(z, dim=1) @ F.normalize(w, dim=1).T
     else:
         logits = z @ w.T + (b if config.bias else 0)
     smoothing = config.label_smoothing * C / (C - 1)

@@ -1,0 +1,217 @@
+"""The configuration of the objective: which loss, its parameters, and which keys it reads.
+
+A key that the chosen loss does not read is refused instead of being ignored. Parameters that are
+`null` take the loss's own value, listed in `OWN_VALUES` with their sources.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from dist_dml.errors import UsageError
+from dist_dml.metric_parameters import MetricParameters
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+# What each loss reads besides name, similarity, init_std, tile_mebibytes, tile_dtype,
+# class_weights and ignore_index. `scale` and `bias` depend on the similarity.
+_LOGITS = ("scale", "temperature", "bias")
+_COSINES = ("scale", "temperature")
+READS: dict[str, tuple[str, ...]] = {
+    "cross_entropy": (*_LOGITS, "label_smoothing", "smoothing"),
+    "normalised_softmax": (*_COSINES, "label_smoothing", "smoothing"),
+    "balanced_softmax": (*_LOGITS,),
+    "cosface": (*_COSINES, "cosine_margin"),
+    "arcface": (*_COSINES, "angle_margin"),
+    "combined_margin": (*_COSINES, "angle_multiplier", "angle_margin", "cosine_margin"),
+    "sub_centre_arcface": (*_COSINES, "angle_margin", "centres"),
+    "dynamic_arcface": (*_COSINES, "dynamic_margin"),
+    "adaface": (*_COSINES, "angle_margin", "norm_concentration", "norm_momentum"),
+    "l1": (*_LOGITS, "sums"),
+    "l2": (*_LOGITS, "p", "k", "a", "sums"),
+    "binary_cross_entropy": (*_LOGITS,),
+    "proxy_nca": (*_COSINES,),
+    "proxy_anchor": (*_COSINES, "cosine_margin"),
+    "soft_triple": (*_COSINES, "cosine_margin", "centres", "centre_temperature", "centre_spread"),
+}
+# Losses that exist for cosines only.
+COSINE_LOSSES = tuple(name for name, keys in READS.items() if "bias" not in keys)
+# Losses whose rows depend on each other: their batch cannot be cut into micro-batches.
+COUPLED_LOSSES = ("proxy_anchor", "adaface")
+
+# Sources: arcface_torch (s = 64; ArcFace 0.5, CosFace 0.4); sub-centre ArcFace (K = 3); dynamic
+# margins of Google Landmark 2020's third place (a n^-1/4 + b: 0.5, 0.05); the codes of AdaFace,
+# ProxyNCA++ (temperature 1/9), Proxy-Anchor (32, 0.1) and SoftTriple (20, 0.01, K = 10, 0.1, 0.2).
+OWN_VALUES: dict[str, dict[str, Any]] = {
+    "cosface": {"scale": 64.0, "cosine_margin": 0.4},
+    "arcface": {"scale": 64.0, "angle_margin": 0.5},
+    "combined_margin": {
+        "scale": 64.0,
+        "angle_multiplier": 1.0,
+        "angle_margin": 0.3,
+        "cosine_margin": 0.2,
+    },
+    "sub_centre_arcface": {"scale": 64.0, "angle_margin": 0.5, "centres": 3},
+    "dynamic_arcface": {"scale": 64.0},
+    "adaface": {"scale": 64.0, "angle_margin": 0.4},
+    "proxy_nca": {"scale": 9.0},
+    "proxy_anchor": {"scale": 32.0, "cosine_margin": 0.1},
+    "soft_triple": {"scale": 20.0, "cosine_margin": 0.01, "centres": 10},
+}
+
+
+class LossConfig(BaseModel):
+    """The class-parallel objective."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=False, use_attribute_docstrings=True
+    )
+
+    name: Literal[
+        "cross_entropy",
+        "normalised_softmax",
+        "balanced_softmax",
+        "cosface",
+        "arcface",
+        "combined_margin",
+        "sub_centre_arcface",
+        "dynamic_arcface",
+        "adaface",
+        "l1",
+        "l2",
+        "binary_cross_entropy",
+        "proxy_nca",
+        "proxy_anchor",
+        "soft_triple",
+    ] = "cross_entropy"
+    """The loss; docs/losses.md says what each equals and which keys it reads."""
+    similarity: Literal["auto", "linear", "cosine"] = "auto"
+    """Logits: inner products with an optional bias, or cosines times `scale`. `auto`: cosine for
+    the losses that are made of cosines, otherwise linear.
+    """
+    scale: Positive | None = None
+    """Factor of the cosines (1 / temperature); null takes the loss's own, 16 for cross-entropy."""
+    temperature: Positive | None = None
+    """1 / scale, for those who think in temperatures; set one of the two."""
+    bias: bool = True
+    """One trainable number a class, added to its logit; used with similarity=linear."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """e of the smoothed label."""
+    smoothing: Literal["others", "all"] = "others"
+    """Who shares e: `others` as in paper B (each e / (C - 1)), `all` as in PyTorch (e / C)."""
+    angle_multiplier: Annotated[float, Field(ge=1)] | None = None
+    """m1 of cos(m1 t + m2) - m3."""
+    angle_margin: Annotated[float, Field(ge=0, lt=math.pi / 2)] | None = None
+    """m2, in radians (ArcFace, AdaFace's m)."""
+    cosine_margin: NonNegative | None = None
+    """m3 (CosFace; delta of Proxy-Anchor and SoftTriple)."""
+    dynamic_margin: tuple[NonNegative, NonNegative, Positive] = (0.5, 0.05, 0.25)
+    """(a, b, e): the angular margin of a class with n training images is a * n^-e + b."""
+    norm_concentration: Positive = 0.333
+    """h of AdaFace: how much of the norms' spread changes the margin."""
+    norm_momentum: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """Weight of a batch in AdaFace's running mean and deviation of norms."""
+    centres: Count | None = None
+    """Rows of weights of each class (sub-centres, SoftTriple)."""
+    centre_temperature: Positive = 0.1
+    """gamma of SoftTriple: softness of the choice among a class's centres."""
+    centre_spread: NonNegative = 0.2
+    """tau of SoftTriple: weight of the term that lets centres of a class merge."""
+    p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Exponent of paper A's L2. Below 0.99 its loss does not scale with many classes."""
+    k: float | None = None
+    """Factor of paper A's L2, 0 < k <= 1; null takes `a`."""
+    a: float | None = None
+    """k = 1 / (1 + a), the supplement's convention; null is 1e-6 where k is null as well."""
+    sums: Literal["auto", "sweep", "powers"] = "auto"
+    """How L1 and L2 find their sums over all classes: by a second sweep, or from power sums of the
+    first; `auto` takes powers where they are exact to float32 (p >= 0.85, not in float64).
+    """
+    class_weights: Literal["none", "inverse", "effective"] = "none"
+    """Weight of a row by the training images n of its class: 1 / n, or the effective number
+    (1 - b) / (1 - b^n) with b = 0.999 (Cui et al. 2019); the mean over training images is 1.
+    """
+    ignore_index: int = -100
+    """Rows with this label have no loss and no gradient."""
+    init_std: NonNegative = 0.01
+    """Standard deviation of the initial class weights, drawn by class id. Paper B: 0."""
+    tile_mebibytes: Positive = 256.0
+    """Most memory a step may use beyond class weights, their gradient and optimizer state."""
+    tile_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Operands of the tiles' matrix products; sums, exponentials and updates stay in float32."""
+
+    @model_validator(mode="after")
+    def _only_keys_that_are_read(self) -> LossConfig:
+        always = {"name", "similarity", "class_weights", "ignore_index"}
+        always |= {"init_std", "tile_mebibytes", "tile_dtype"}
+        read = always | set(READS[self.name])
+        for key, field in type(self).model_fields.items():
+            if key not in read and getattr(self, key) != field.default:
+                raise ValueError(
+                    f"loss.{key}={getattr(self, key)} is not read by loss.name={self.name}, which "
+                    f"reads {', '.join(READS[self.name])}; remove it or choose another loss"
+                )
+        if self.similarity == "linear" and self.name in COSINE_LOSSES:
+            raise ValueError(
+                f"loss.similarity=linear does not fit loss.name={self.name}, which is made of "
+                "cosines; use auto or cosine"
+            )
+        if self.scale is not None and self.temperature is not None:
+            raise ValueError(
+                f"loss.scale={self.scale:g} and loss.temperature={self.temperature:g} say the same "
+                "thing; set one of them"
+            )
+        if self.name == "soft_triple" and (self.centres or 2) < 2:
+            raise ValueError("loss.centres=1: soft_triple needs 2 or more; proxy_nca has one")
+        if self.k is not None and self.a is not None:
+            raise ValueError(f"loss.k={self.k:g} and loss.a={self.a:g}: set one of them")
+        try:
+            self.metric_parameters  # noqa: B018 (checks)
+        except UsageError as error:
+            raise ValueError(f"loss: {error}") from None
+        if self.sums == "powers" and self.metric_parameters.p < 0.85:
+            raise ValueError(
+                f"loss.sums=powers with loss.p={self.p:g}: the series does not reach float32 below "
+                "p = 0.85; use auto or sweep"
+            )
+        return self
+
+    @property
+    def uses_cosine(self) -> bool:
+        """Whether logits are scaled cosines."""
+        return self.similarity == "cosine" or self.name in COSINE_LOSSES
+
+    @property
+    def num_centres(self) -> int:
+        """Rows of weights of each class."""
+        return int(self.setting("centres") or 1)
+
+    @property
+    def factor(self) -> float:
+        """The scale of the cosines."""
+        if self.temperature is not None:
+            return 1 / self.temperature
+        return float(self.setting("scale") or 16.0)
+
+    @property
+    def metric_parameters(self) -> MetricParameters:
+        """k and p of `l1` and `l2`.
+
+        Raises:
+            UsageError: outside the definition.
+        """
+        if self.name == "l1":
+            return MetricParameters(1.0, 1.0)
+        if self.k is not None:
+            return MetricParameters(self.k, self.p)
+        return MetricParameters.of_offset(1e-6 if self.a is None else self.a, 1.0, self.p)
+
+    def setting(self, key: str) -> Any:
+        """The key's value, or the loss's own where it is null."""
+        value = getattr(self, key)
+        return OWN_VALUES.get(self.name, {}).get(key) if value is None else value
