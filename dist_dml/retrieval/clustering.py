@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float32, Int64
 
+from dist_dml.errors import UsageError
 from dist_dml.keyed_random import key_of
 from dist_dml.retrieval.distances import Distance
 from dist_dml.retrieval.neighbours import faiss_with_worker_threads
@@ -26,7 +27,16 @@ def cluster_nmi(
 
     The same for the same seed on one machine. Costs 2*n*C*D operations for each of 20 iterations:
     for many classes far more than the search itself, so it is measured at the last evaluation only.
+    For distances between probability vectors, the plain k-means of these vectors: a mean minimises
+    squared Euclidean distances, no other ones.
+
+    Raises:
+        UsageError: for a top-k variant: vectors with a support of their own have no mean.
     """
+    if not distance.has_nmi:
+        raise UsageError(
+            f"{distance.name} has no NMI: truncated vectors have no mean to cluster by"
+        )
     num_classes = len(np.unique(labels))
     clusters = kmeans_clusters(vectors, num_classes, distance, seed)
     return normalised_mutual_information(labels, clusters)

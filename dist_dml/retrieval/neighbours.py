@@ -68,7 +68,8 @@ def exact_neighbours(
         than `k` items remain, -1 and the farthest distance.
 
     Raises:
-        UsageError: if shapes do not fit, only one kind of ids is given, or gallery ids repeat.
+        UsageError: if shapes do not fit, only one kind of ids is given, or gallery ids repeat, or
+            FAISS does not search by this distance.
     """
     indices = np.full((len(queries), k), NO_NEIGHBOUR, dtype=np.int64)
     distances = np.full((len(queries), k), distance.farthest, dtype=np.float32)
@@ -89,7 +90,9 @@ def neighbour_blocks(
 
     Never holds more than `block_rows(D)` rows of neighbours; arguments and errors are the same.
     """
-    _check(queries, gallery, k, query_ids, gallery_ids)
+    check_search(queries, gallery, k, query_ids, gallery_ids)
+    if not distance.faiss_metric:
+        raise UsageError(f"{distance.name} is not searched by FAISS; use ranking.nearest")
     faiss = faiss_with_worker_threads()
     metric = getattr(faiss, distance.faiss_metric)
     prepared = np.ascontiguousarray(distance.prepare(gallery))
@@ -128,13 +131,18 @@ def _compacted(
     )
 
 
-def _check(
+def check_search(
     queries: np.ndarray,
     gallery: np.ndarray,
     k: int,
     query_ids: np.ndarray | None,
     gallery_ids: np.ndarray | None,
 ) -> None:
+    """Refuses arguments that no search can answer.
+
+    Raises:
+        UsageError: as `exact_neighbours`.
+    """
     if k < 1 or len(gallery) == 0:
         raise UsageError(
             f"cannot find k={k} neighbours among {len(gallery)} items; k and the gallery must be "

@@ -9,57 +9,17 @@ Dimensions: `n` samples with embeddings of width `D`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Int64
 
 from dist_dml.errors import RunError, UsageError
 from dist_dml.retrieval.clustering import cluster_nmi
 from dist_dml.retrieval.distances import Distance
+from dist_dml.retrieval.embeddings import Embeddings
 from dist_dml.retrieval.metrics import NO_LABEL, QueryScores, score_queries, summarise
-from dist_dml.retrieval.neighbours import NO_NEIGHBOUR, neighbour_blocks
-
-_TYPES = (np.dtype(np.float32), np.dtype(np.int64), np.dtype(np.int64))
-
-
-@dataclass(frozen=True)
-class Embeddings:
-    """Embedded samples: row i of each array is one of them."""
-
-    vectors: Float32[np.ndarray, "n D"]
-    labels: Int64[np.ndarray, " n"]
-    """Classes, 0 and above."""
-    ids: Int64[np.ndarray, " n"]
-    """What tells a sample from all others of the data set, in whatever split it is."""
-
-    def __post_init__(self) -> None:
-        shapes = (self.vectors.shape[:1], self.labels.shape, self.ids.shape)
-        types = (self.vectors.dtype, self.labels.dtype, self.ids.dtype)
-        if len(set(shapes)) != 1 or self.vectors.ndim != 2 or types != _TYPES:
-            raise UsageError(
-                f"embeddings have vectors {self.vectors.shape} {types[0]}, labels {shapes[1]} "
-                f"{types[1]}, ids {shapes[2]} {types[2]}; "
-                "give (n, D) float32, (n,) int64, (n,) int64"
-            )
-        if self.labels.min(initial=0) < 0:
-            raise UsageError(f"a label is {self.labels.min()}; labels must be 0 and above")
-        # Finite float32 values cannot overflow a float64 sum, and inf - inf is NaN.
-        with np.errstate(invalid="ignore"):
-            broken = ~np.isfinite(self.vectors.sum(axis=1, dtype=np.float64))
-        if broken.any():
-            raise RunError(
-                f"{broken.sum()} of {len(self)} embeddings are not finite (the first has id "
-                f"{self.ids[broken.argmax()]}); the model has diverged, lower "
-                "optimizer.learning_rate or go back to an earlier checkpoint"
-            )
-
-    def __len__(self) -> int:
-        return len(self.vectors)
-
-    def rows(self, selection: slice | np.ndarray) -> Embeddings:
-        """The samples at these rows."""
-        return Embeddings(self.vectors[selection], self.labels[selection], self.ids[selection])
+from dist_dml.retrieval.neighbours import NO_NEIGHBOUR
+from dist_dml.retrieval.ranking import nearest_blocks
 
 
 def relevant_counts(queries: Embeddings, gallery: Embeddings) -> Int64[np.ndarray, " q"]:
@@ -97,7 +57,9 @@ def score_slice(
     `QueryScores.concatenate` over slices that follow each other equals the scores of all queries,
     bit for bit: the number of neighbours is that of the largest class of *all* queries, and every
     search has the same shape. Costs 2*s*g*D operations for a slice of s queries (filled up to
-    `block_rows(D)`) and about 80 bytes for each neighbour of a block of queries.
+    `block_rows(D)`) and about 80 bytes for each neighbour of a block of queries; by distances of
+    probabilities s*g*C of `probability_distances`. Nothing is pruned: with as many neighbours as
+    the largest class has, the last one is of another class, and hardly a bound exceeds it.
 
     Args:
         queries: all queries, also those of other workers.
@@ -117,7 +79,7 @@ def score_slice(
     counts = relevant_counts(queries, gallery)
     k = max(int(counts.max()), *recall_at, 1)
     mine, counts = queries.rows(query_slice), counts[query_slice]
-    blocks = neighbour_blocks(mine.vectors, gallery.vectors, k, distance, mine.ids, gallery.ids)
+    blocks = nearest_blocks(mine, gallery, k, distance)
     # The empty part keeps the arrays' types for a worker without queries.
     nothing = np.empty((0, k), dtype=np.int64)
     parts = [score_queries(nothing, mine.labels[:0], counts[:0], recall_at)]
@@ -142,7 +104,7 @@ def measure(
         gallery: what is searched; None searches the queries themselves, each without itself.
         distances: what to rank by, one after the other.
         recall_at: the K of Recall@K.
-        nmi: also cluster the queries and add `cosine/nmi`, ...
+        nmi: also cluster the queries and add `cosine/nmi`, ...; top-k variants have none.
         seed: of the clustering.
     """
     scores: dict[str, float] = {}
@@ -150,7 +112,7 @@ def measure(
         every = score_slice(queries, gallery, slice(0, len(queries)), distance, recall_at)
         for name, value in summarise(every).items():
             scores[f"{distance.name}/{name}"] = value
-        if nmi:
+        if nmi and distance.has_nmi:
             value = cluster_nmi(queries.vectors, queries.labels, distance, seed)
             scores[f"{distance.name}/nmi"] = value
     return scores

@@ -16,8 +16,10 @@ import numpy as np
 from dist_dml.errors import UsageError
 from dist_dml.keyed_random import generator, key_of
 from dist_dml.retrieval.distances import Distance
-from dist_dml.retrieval.neighbours import NO_NEIGHBOUR, exact_neighbours
-from dist_dml.retrieval.protocol import Embeddings, relevant_counts
+from dist_dml.retrieval.embeddings import Embeddings
+from dist_dml.retrieval.neighbours import NO_NEIGHBOUR
+from dist_dml.retrieval.protocol import relevant_counts
+from dist_dml.retrieval.ranking import nearest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +32,15 @@ LINE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
 MARKERS = "osD^vP*"
 MOST_CANDIDATES = 20_000
 """Queries among which the hardest misses are looked for."""
-COLUMN_NAMES = {"r_precision": "R-precision", "map_at_r": "MAP@R", "f1_at_1": "F1@1", "nmi": "NMI"}
+COLUMN_NAMES = {
+    "r_precision": "R-precision",
+    "map_at_r": "MAP@R",
+    "f1_at_1": "F1@1",
+    "nmi": "NMI",
+    # How alike a top-k variant ranks to the full metric.
+    "rank_overlap_at_10": "overlap@10",
+    "rank_spearman_at_100": "Spearman@100",
+}
 
 
 @dataclass(frozen=True)
@@ -67,9 +77,7 @@ def choose_rows(
     counts = relevant_counts(queries, searched)
     candidates = candidates[counts[candidates] > 0]
     part = queries.rows(candidates)
-    indices, distances = exact_neighbours(
-        part.vectors, searched.vectors, num_neighbours, distance, part.ids, searched.ids
-    )
+    indices, distances = nearest(part, searched, num_neighbours, distance)
     hits = (indices != NO_NEIGHBOUR) & (searched.labels[indices] == part.labels[:, None])
     nearness = -distances[:, 0] if distance.larger_is_nearer else distances[:, 0]
     order = np.lexsort((nearness, hits.sum(axis=1)))
