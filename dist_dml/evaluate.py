@@ -13,127 +13,35 @@ if __name__ == "__main__":  # Run by path: this folder must not hide installed p
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import difflib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from dist_dml.checkpoint import load_embedder_tensors
+from dist_dml.checkpoint import load_classes, load_embedder_tensors
 from dist_dml.checkpoint_manifest import newest_checkpoint, verify_checkpoint
 from dist_dml.command_line import run_command
 from dist_dml.config import Config, ProtocolConfig
 from dist_dml.config_loading import Resolved
 from dist_dml.data.index import Index, load_index
-from dist_dml.data.loader import evaluation_batches
-from dist_dml.data.plan import row_counts, worker_slice
-from dist_dml.engine import autocast
 from dist_dml.entry import add_config_arguments, run_worker
 from dist_dml.errors import UsageError
-from dist_dml.models.embedder import Embedder, build_embedder
-from dist_dml.parallel.collectives import gather_objects, gather_uneven
+from dist_dml.measurement import (
+    Measurement,
+    Model,
+    check_evaluation,
+    embed_pixels,
+    embed_with,
+    measure_model,
+)
+from dist_dml.models.embedder import build_embedder
+from dist_dml.parallel.class_partition import ClassPartition
+from dist_dml.parallel.classifier import ClassParallelClassifier
 from dist_dml.parallel.world import World
-from dist_dml.retrieval.clustering import cluster_nmi
+from dist_dml.retrieval.certificate_figure import certificate_figure
+from dist_dml.retrieval.certificates import certificate_text
 from dist_dml.retrieval.distances import named_distance
-from dist_dml.retrieval.metrics import QueryScores, score_names, summarise
-from dist_dml.retrieval.protocol import Embeddings, score_slice
 from dist_dml.retrieval.report import recall_curve, retrieval_gallery, score_table
 from dist_dml.tracking.run_files import append_event
-
-Embed = Callable[[Tensor], Tensor]
-
-
-def embed_with(embedder: Embedder, config: Config, world: World) -> Embed:
-    """Retrieval features of uint8 images, under the precision of training, without dropout."""
-
-    def embed(images: Tensor) -> Tensor:
-        with torch.inference_mode(), autocast(config, world.device):
-            return embedder(images.to(world.device, non_blocking=True))
-
-    return embed
-
-
-def embed_pixels(images: Tensor) -> Tensor:
-    """The baseline without a network: the image itself as a vector."""
-    return images.flatten(1).float() / 255
-
-
-def embed_split(embed: Embed, index: Index, split: str, config: Config, world: World) -> Embeddings:
-    """Embeddings of a whole split, on every worker; each embeds its slice.
-
-    Costs one pass over the slice and an all-gather of the embeddings: N * D * 4 bytes a worker.
-    """
-    ids = index.select(split)
-    counts = row_counts(len(ids), world.size)
-    batches = evaluation_batches(
-        index, split, config.data, config.evaluation.batch_size, world.rank, world.size
-    )
-    parts = [embed(batch.images).float() for batch in batches]
-    if not parts:  # More workers than images: learn the width from a blank one.
-        image = config.data.image
-        blank = torch.zeros(1, image.channels, image.size, image.size, dtype=torch.uint8)
-        parts = [embed(blank).float()[:0]]
-    vectors = gather_uneven(torch.cat(parts).to(world.device), counts, world.group)
-    return Embeddings(vectors.cpu().numpy(), index.class_id[ids], ids.astype(np.int64))
-
-
-def measure_protocols(
-    embed: Embed, index: Index, config: Config, world: World, nmi: bool
-) -> tuple[dict[str, float], dict[str, Embeddings]]:
-    """All scores as `protocol/distance/score`, the same on every worker, and the embeddings used.
-
-    The queries are divided among the workers; k-means runs on worker 0 alone.
-    """
-    splits: dict[str, Embeddings] = {}
-    scores: dict[str, float] = {}
-    for protocol in config.evaluation.protocols:
-        for split in filter(None, (protocol.query, protocol.gallery)):
-            if split not in splits:
-                splits[split] = embed_split(embed, index, split, config, world)
-        queries = splits[protocol.query]
-        gallery = splits[protocol.gallery] if protocol.gallery else None
-        mine = worker_slice(len(queries), world.rank, world.size)
-        for name in config.evaluation.distances:
-            distance = named_distance(name)
-            part = score_slice(queries, gallery, mine, distance, config.evaluation.recall_at)
-            every = QueryScores.concatenate(gather_objects(part, world.group))
-            summary = summarise(every)
-            if nmi and world.is_first:
-                summary["nmi"] = cluster_nmi(
-                    queries.vectors, queries.labels, distance, config.run.seed
-                )
-            scores |= {f"{protocol.name}/{name}/{key}": value for key, value in summary.items()}
-    return gather_objects(scores, world.group)[0], splits
-
-
-def check_evaluation(index: Index, config: Config) -> None:
-    """Refuse, before any work, protocols whose splits are missing and a best metric never measured.
-
-    Raises:
-        UsageError: names the key and what there is.
-    """
-    names = [protocol.name for protocol in config.evaluation.protocols]
-    if len(set(names)) < len(names):
-        raise UsageError(f"evaluation.protocols has a name twice ({names}); give each its own")
-    for protocol in config.evaluation.protocols:
-        for split in filter(None, (protocol.query, protocol.gallery)):
-            index.select(split)
-    best = config.checkpoint.best_metric
-    measured = {
-        f"{name}/{distance}/{score}"
-        for name in names
-        for distance in config.evaluation.distances
-        for score in score_names(config.evaluation.recall_at)
-    }
-    if best and best not in measured:
-        near = difflib.get_close_matches(best, measured, n=3, cutoff=0.0)
-        raise UsageError(
-            f"checkpoint.best_metric={best!r} is not measured; use PROTOCOL/DISTANCE/SCORE, for "
-            f"example {' or '.join(near)}, or '' to keep none"
-        )
 
 
 def scores_of(
@@ -152,25 +60,28 @@ def tables(rows: Mapping[str, Mapping[str, float]], config: Config) -> str:
     texts = []
     for protocol in reversed(config.evaluation.protocols):
         searched = f"gallery {protocol.gallery}" if protocol.gallery else "each without itself"
-        for distance in reversed(config.evaluation.distances):
+        for text in reversed(config.evaluation.distances):
+            distance = named_distance(text).name
             shown = {name: scores_of(scores, protocol, distance) for name, scores in rows.items()}
-            title = f"{protocol.name}, {distance}: queries {protocol.query}, {searched}"
+            shown = {name: scores for name, scores in shown.items() if scores}
+            title = f"{protocol.name}, {text}: queries {protocol.query}, {searched}"
             texts.append(f"{title}\n{score_table(shown)}")
     return "\n\n".join(texts)
 
 
 def write_gallery(
-    path: Path, index: Index, splits: Mapping[str, Embeddings], config: Config, title: str
+    path: Path, index: Index, measured: Measurement, config: Config, title: str
 ) -> None:
     """The picture of hits and misses of the first protocol and distance."""
     from dist_dml.data.reader import open_reader, read_image
 
     protocol = config.evaluation.protocols[0]
+    distance = named_distance(config.evaluation.distances[0])
     reader = open_reader(index, config.data.image.channels)
     figure = retrieval_gallery(
-        splits[protocol.query],
-        splits[protocol.gallery] if protocol.gallery else None,
-        named_distance(config.evaluation.distances[0]),
+        measured.of(protocol.query, distance),
+        measured.of(protocol.gallery, distance) if protocol.gallery else None,
+        distance,
         lambda sample_id: read_image(index, reader, sample_id),
         dict(enumerate(index.class_names)),
         seed=config.run.seed,
@@ -180,11 +91,23 @@ def write_gallery(
     figure.savefig(path)
 
 
+def write_certificates(path: Path, measured: Measurement) -> str:
+    """The picture of the certificates, and their table with what it means; empty without any."""
+    if not measured.certificates:
+        return ""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    certificate_figure(measured.certified).savefig(path)
+    text = certificate_text(measured.certificates)
+    path.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
+    return text
+
+
 def load_for_evaluation(
     config: Config, world: World, checkpoint: Path | None, index: Index
-) -> Embedder:
-    """The embedder of a checkpoint, or of the seed alone (untrained), ready to embed."""
+) -> Model:
+    """The model of a checkpoint, or the embedder of the seed alone (untrained)."""
     embedder = build_embedder(config.model, config.data.image, config.run.seed, world.group)
+    classifier = None
     if checkpoint is not None:
         manifest = verify_checkpoint(checkpoint)
         if manifest.plan["fingerprint"] != index.fingerprint and world.is_first:
@@ -194,7 +117,37 @@ def load_for_evaluation(
                 file=sys.stderr,
             )
         embedder.load_state_dict(load_embedder_tensors(checkpoint))
-    return embedder.to(world.device).eval()
+        if _asks_for_classes(config):
+            check_evaluation(index, config, manifest.num_classes, world.ranks.local_size)
+            classifier = _load_classifier(config, world, checkpoint, index, embedder.embedding_dim)
+    return Model(embed_with(embedder.to(world.device).eval(), config, world), classifier)
+
+
+def _asks_for_classes(config: Config) -> bool:
+    """Whether anything configured needs class weights, which may be large."""
+    spaces = {named_distance(text).space for text in config.evaluation.distances}
+    return bool(config.evaluation.certificates) or spaces != {"embedding"}
+
+
+def _load_classifier(
+    config: Config, world: World, checkpoint: Path, index: Index, embedding_dim: int
+) -> ClassParallelClassifier:
+    """This worker's share of a checkpoint's classes."""
+    manifest = verify_checkpoint(checkpoint)
+    num_classes = manifest.num_classes
+    partition = ClassPartition.of_worker(world.rank, world.size, num_classes, world.group)
+    classifier = ClassParallelClassifier(
+        embedding_dim,
+        partition,
+        config.loss,
+        config.optimizer,
+        config.run.seed,
+        max_rows=1,
+        device=world.device,
+        class_counts=index.class_counts(config.data.split, num_classes),
+    )
+    load_classes(checkpoint, manifest, classifier)
+    return classifier
 
 
 def _find_checkpoint(run: Path, which: str) -> Path:
@@ -218,41 +171,47 @@ def _evaluate(resolved: Resolved, world: World, arguments: argparse.Namespace) -
     run = Path(arguments.run)
     checkpoint = _find_checkpoint(run, arguments.checkpoint)
     index = load_index(config.data.path)
-    check_evaluation(index, config)
+    check_evaluation(index, config, index.num_classes, world.ranks.local_size)
     rows: dict[str, dict[str, float]] = {}
     if arguments.baselines:
-        rows["pixels"], _ = measure_protocols(embed_pixels, index, config, world, nmi=False)
-        blank = embed_with(load_for_evaluation(config, world, None, index), config, world)
-        rows["untrained"], _ = measure_protocols(blank, index, config, world, nmi=False)
-    embedder = load_for_evaluation(config, world, checkpoint, index)
-    embed = embed_with(embedder, config, world)
+        pixels = measure_model(Model(embed_pixels), index, config, world, nmi=False)
+        blank = load_for_evaluation(config, world, None, index)
+        rows["pixels"] = pixels.scores
+        rows["untrained"] = measure_model(blank, index, config, world, nmi=False).scores
+    model = load_for_evaluation(config, world, checkpoint, index)
     name = "trained" if arguments.baselines else checkpoint.name
-    rows[name], splits = measure_protocols(embed, index, config, world, config.evaluation.nmi)
+    measured = measure_model(model, index, config, world, config.evaluation.nmi)
+    rows[name] = measured.scores
     if not world.is_first:
         return
     report = run / "report"
     report.mkdir(parents=True, exist_ok=True)
     scores = {"checkpoint": checkpoint.name, "scores": rows}
     (report / "scores.json").write_text(json.dumps(scores, indent=1), encoding="utf-8")
-    write_gallery(report / "gallery.png", index, splits, config, f"{config.run.name}: retrieval")
+    write_gallery(report / "gallery.png", index, measured, config, f"{config.run.name}: retrieval")
     _write_recall(report / "recall.png", rows, config)
-    for name in ("scores.json", "gallery.png", "recall.png"):
+    certificates = write_certificates(report / "certificates.png", measured)
+    written = ["scores.json", "gallery.png", "recall.png"]
+    for name in written + ["certificates.png", "certificates.txt"] * bool(certificates):
         # The next `dist-dml track sync` takes them to MLflow.
         append_event(run, {"path": f"report/{name}", "folder": "report"})
     if arguments.json:
         print(json.dumps(scores))
     else:
-        print(tables(rows, config))
+        print(f"{certificates}\n\n" * bool(certificates) + tables(rows, config))
         print(f"\nrun:     {run}/ ({checkpoint.name}; scores and pictures in report/)")
         if config.tracking.mlflow:
             print(f"MLflow:  dist-dml ui --root {config.run.root}")
 
 
 def _write_recall(path: Path, rows: Mapping[str, Mapping[str, float]], config: Config) -> None:
-    protocol, distance = config.evaluation.protocols[0], config.evaluation.distances[0]
+    protocol = config.evaluation.protocols[0]
+    distance = named_distance(config.evaluation.distances[0]).name
     curves = {}
     for name, scores in rows.items():
         found = scores_of(scores, protocol, distance)
+        if not found:  # Pixels have no class probabilities.
+            continue
         curves[name] = {k: found[f"recall_at_{k}"] for k in config.evaluation.recall_at}
     title = f"Recall@K, {protocol.name} ({distance})"
     recall_curve(curves, title).savefig(path)

@@ -28,13 +28,14 @@ from dist_dml.config_loading import Resolved, config_hash, to_yaml
 from dist_dml.data.loader import Batch, training_batches
 from dist_dml.engine import Engine
 from dist_dml.entry import add_config_arguments, run_worker
-from dist_dml.evaluate import embed_with, measure_protocols, tables, write_gallery
+from dist_dml.evaluate import tables, write_certificates, write_gallery
 from dist_dml.journal import Journal
 from dist_dml.keyed_random import key_of, row_keys
+from dist_dml.measurement import Model, embed_with, measure_model
 from dist_dml.parallel.classifier import ClassParallelClassifier, ObjectiveOutput
 from dist_dml.parallel.world import World
 from dist_dml.schedule import learning_rate_factor
-from dist_dml.training_run import TrainingRun, prepare
+from dist_dml.training_run import TrainingRun, prepare, starting_loss_warning
 
 
 def train(resolved: Resolved, world: World, arguments: argparse.Namespace) -> None:
@@ -42,6 +43,9 @@ def train(resolved: Resolved, world: World, arguments: argparse.Namespace) -> No
     config = resolved.config
     run = prepare(config, world)
     journal = Journal(config, run, world)
+    warning = starting_loss_warning(config, run.classifier.partition.num_classes)
+    if warning:
+        journal.say(warning)
     if run.start.step >= run.total_steps:
         journal.say(
             f"{run.folder} has done all {run.total_steps} steps; raise training.epochs to go on"
@@ -154,10 +158,11 @@ def evaluate(
 ) -> dict[str, float]:
     """All retrieval scores, recorded; at the end of the run also NMI, the gallery and the table."""
     embedder = run.engine.embedder.eval()
-    embed = embed_with(embedder, config, world)
+    model = Model(embed_with(embedder, config, world), run.classifier)
     nmi = config.evaluation.nmi and ends_run
     started = time.perf_counter()
-    scores, splits = measure_protocols(embed, run.index, config, world, nmi)
+    measured = measure_model(model, run.index, config, world, nmi)
+    scores = measured.scores
     seconds = time.perf_counter() - started
     journal.record(progress, scores | {"evaluation/seconds": seconds})
     shown = {name: value for name, value in scores.items() if name == config.checkpoint.best_metric}
@@ -165,11 +170,17 @@ def evaluate(
         f"step {progress.step}: evaluated in {seconds:.1f} s"
         + "".join(f", {name} {value:.4f}" for name, value in shown.items())
     )
+    if world.is_first and measured.certificates:
+        path = run.folder / "report" / "certificates.png"
+        journal.table = write_certificates(path, measured) + "\n\n"
+        journal.note_figure(path)
     if ends_run and world.is_first:
         path = run.folder / "report" / "gallery.png"
-        write_gallery(path, run.index, splits, config, f"{config.run.name}: step {progress.step}")
+        title = f"{config.run.name}: step {progress.step}"
+        write_gallery(path, run.index, measured, config, title)
         journal.note_figure(path)
-        journal.table = tables({"trained": scores}, config)
+        certificates = journal.table if measured.certificates else ""
+        journal.table = certificates + tables({"trained": scores}, config)
     embedder.train()
     return scores
 

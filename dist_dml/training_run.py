@@ -19,12 +19,17 @@ from dist_dml.data.index import Index, load_index
 from dist_dml.data.plan import Plan
 from dist_dml.engine import Engine, build_engine
 from dist_dml.errors import UsageError
-from dist_dml.evaluate import check_evaluation
+from dist_dml.loss_config import LossConfig
+from dist_dml.measurement import check_evaluation
+from dist_dml.metric_parameters import MetricParameters
 from dist_dml.models.embedder import Embedder, build_embedder
 from dist_dml.parallel.class_partition import ClassPartition
 from dist_dml.parallel.classifier import ClassParallelClassifier
 from dist_dml.parallel.collectives import gather_objects
 from dist_dml.parallel.world import World
+
+# A start this many times above that of p = 1 is worth a word.
+_FAR_ABOVE = 5.0
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ def prepare(config: Config, world: World) -> TrainingRun:
     index = load_index(config.data.path)
     num_classes = config.data.num_classes or index.num_classes
     index.check_labels(config.data.split, num_classes)
-    check_evaluation(index, config)
+    check_evaluation(index, config, num_classes, world.ranks.local_size)
     plan, facts = _plan(config, index)
     plan.check_rows(world.size)
     partition = ClassPartition.of_worker(world.rank, world.size, num_classes, world.group)
@@ -80,6 +85,7 @@ def prepare(config: Config, world: World) -> TrainingRun:
         config.run.seed,
         max_rows=-(-config.data.batch_size // config.training.accumulate),
         device=world.device,
+        class_counts=index.class_counts(config.data.split, num_classes),
     )
     start, engine = _restore(config, world, embedder, classifier, facts, found)
     _check_disk(config, folder, embedder, classifier, world)
@@ -195,14 +201,38 @@ def _check_state(path: Path, config: Config) -> None:
     ours = config.model_dump(mode="json")
     differing = [
         f"{section}.{key} {stored[section][key]!r} -> {ours[section][key]!r}"
-        for section, key in (("optimizer", "name"), ("loss", "similarity"), ("loss", "bias"))
+        for section, key in (("optimizer", "name"), ("loss", "bias"))
         if stored[section][key] != ours[section][key]
     ]
+    theirs = LossConfig.model_validate(stored["loss"])
+    for what, before, now in (
+        ("cosine similarity", theirs.uses_cosine, config.loss.uses_cosine),
+        ("loss.centres", theirs.num_centres, config.loss.num_centres),
+        ("loss.name=adaface", theirs.name == "adaface", config.loss.name == "adaface"),
+    ):
+        if before != now:
+            differing.append(f"{what} {before!r} -> {now!r}")
     if differing:
         raise UsageError(
             f"checkpoint {path} was made with other settings ({'; '.join(differing)}) and lacks "
             "the state of these; resume with its own, or start a new run.name"
         )
+
+
+def starting_loss_warning(config: Config, num_classes: int) -> str:
+    """What L2 with a small exponent starts from, if that is far above p = 1; otherwise empty."""
+    if config.loss.name not in ("l1", "l2"):
+        return ""
+    parameters = config.loss.metric_parameters
+    start = parameters.loss_at_uniform(num_classes)
+    usual = MetricParameters(parameters.k, 1.0).loss_at_uniform(num_classes)
+    if parameters.p >= 0.99 or start < _FAR_ABOVE * usual:
+        return ""
+    return (
+        f"warning: loss.p={parameters.p:g} with {num_classes} classes starts from a loss of about "
+        f"{start:.2g} (p = 1: {usual:.1f}), whose gradient hardly falls; train with p of 0.99 or 1 "
+        "and use the small p as the distance of an evaluation"
+    )
 
 
 def _check_disk(

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Int, Int8, Int32, Int64, UInt32
+from torch import Tensor
 
 from dist_dml.data.shards import IMAGE_EXTENSIONS
 from dist_dml.errors import UsageError
@@ -108,6 +110,12 @@ class Index:
                 "Name one of these, or index shards called SPLIT-000000.tar"
             )
         return chosen
+
+    def class_counts(self, split: str, num_classes: int) -> Int64[Tensor, " C"]:
+        """Images of each of the classes 0..C-1 in a split."""
+        ids = self.class_id[self.select(split)]
+        counts = np.bincount(ids[ids < num_classes], minlength=num_classes)
+        return torch.from_numpy(counts.astype(np.int64))
 
     def check_labels(self, split: str, num_classes: int) -> None:
         """Refuse a split that holds a class which a classifier of `num_classes` does not have.

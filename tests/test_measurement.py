@@ -1,0 +1,126 @@
+"""What an evaluation refuses before any work, and what a start with a small exponent is told."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from dist_dml.config import Config
+from dist_dml.config_loading import resolve
+from dist_dml.data.index import Index, load_index
+from dist_dml.data.pack.digits import pack_digits
+from dist_dml.errors import UsageError
+from dist_dml.losses.metric_space import MetricLoss
+from dist_dml.measurement import Model, check_evaluation, embed_pixels, measure_model
+from dist_dml.parallel.class_partition import ClassPartition
+from dist_dml.parallel.classifier import ClassParallelClassifier
+from dist_dml.parallel.world import Ranks, World
+from dist_dml.retrieval.distances import named_distance
+from dist_dml.training_run import starting_loss_warning
+
+PIXELS = 64
+SETTINGS = [
+    "data.image={size: 8, channels: 1, resize: 0, mean: [0.5], std: [0.25]}",
+    "evaluation.protocols=[{name: seen, query: seen, gallery: train}]",
+    "checkpoint.best_metric=''",
+]
+WORLD = World(Ranks(), torch.device("cpu"), None, None)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    out = tmp_path_factory.mktemp("digits")
+    pack_digits(out)
+    return load_index(out)
+
+
+def config_of(index: Index, *overrides: str) -> Config:
+    return resolve(None, [*SETTINGS, *overrides]).config
+
+
+def test_probabilities_that_memory_cannot_hold_are_refused_with_the_way_out(digits: Index) -> None:
+    config = config_of(digits, 'evaluation.distances=["metric(p=0.1)"]')
+    check_evaluation(digits, config, 10, 1)
+    with pytest.raises(UsageError, match=r"100000000 class probabilities .* GiB .*top=64"):
+        check_evaluation(digits, config, 10**8, 1)
+    sparse = config_of(digits, 'evaluation.distances=["metric(p=0.1,top=64)"]')
+    check_evaluation(digits, sparse, 10**8, 1)
+
+
+def test_certificates_of_classes_that_were_not_trained_are_refused(digits: Index) -> None:
+    config = config_of(digits, 'evaluation.certificates=["metric(p=0.5)"]')
+    with pytest.raises(
+        UsageError, match=r"certificate_split='seen' holds class 9, .* of 9 classes"
+    ):
+        check_evaluation(digits, config, 9, 1)
+
+
+def test_a_distance_named_twice_is_refused(digits: Index) -> None:
+    config = config_of(digits, 'evaluation.distances=["metric(p=0.5)", "metric( p = 0.5)"]')
+    with pytest.raises(UsageError, match="names one twice"):
+        check_evaluation(digits, config, 10, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('evaluation.distances=["metric(p=2)"]', r"0 < p <= 1"),
+        ('evaluation.distances=["metric(k=1.5,p=0.5)"]', r"0 < k <= 1.*K\(p\)"),
+        ('evaluation.distances=["metric(p=1)"]', r"K\(1\) = 0"),
+        ('evaluation.distances=["euclid"]', r"cosine, l2, probability_l2, metric"),
+        ('evaluation.certificates=["cosine"]', r"evaluation.certificates has 'cosine'"),
+    ],
+)
+def test_wrong_metrics_are_refused_with_the_condition(text: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        resolve(None, [text])
+
+
+def test_pixels_have_no_class_probabilities_and_a_classifier_does(digits: Index) -> None:
+    # The classifier reads pixels, so that what is measured can be computed by hand.
+    config = config_of(
+        digits,
+        'evaluation.distances=[l2, "metric(p=0.5)", "metric(p=0.5,top=3)"]',
+        'evaluation.certificates=["metric(p=0.5)"]',
+        "loss.init_std=1",
+    )
+    bare = measure_model(Model(embed_pixels), digits, config, WORLD, nmi=True)
+    assert {name.split("/")[1] for name in bare.scores} == {"l2"}
+    classifier = ClassParallelClassifier(
+        PIXELS, ClassPartition.of_worker(0, 1, 10), config.loss, config.optimizer, 0, 64
+    )
+    measured = measure_model(Model(embed_pixels, classifier), digits, config, WORLD, nmi=True)
+    kinds = {name.split("/")[1] for name in measured.scores}
+    assert kinds == {"l2", "metric_p0.5", "metric_p0.5_top3", "certificate"}
+    assert 0 < measured.scores["seen/metric_p0.5_top3/rank_overlap_at_10"] <= 1
+
+    pixels = torch.from_numpy(measured.of("seen", named_distance("l2")).vectors)
+    labels = torch.from_numpy(digits.class_id[digits.select("seen")].astype(np.int64))
+    log_q = (pixels @ classifier.weight.detach().T).double().log_softmax(1)
+    epsilon = MetricLoss.l2(0.8284271247461901, 0.5).to_label(log_q, labels)
+    correct = log_q.argmax(1) == labels
+    prefix = "seen/certificate/metric_p0.5"
+    assert measured.scores[f"{prefix}/accuracy"] == pytest.approx(correct.double().mean().item())
+    assert measured.scores[f"{prefix}/epsilon"] == pytest.approx(
+        epsilon[correct].max().item(), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_classes", "words"),
+    [
+        ("loss={name: l2, p: 0.1}", 10**6, "2.9e+06"),
+        ("loss={name: l2, p: 0.5}", 1000, "loss.p=0.5 with 1000 classes"),
+        ("loss={name: l2, p: 0.5}", 10, ""),
+        ("loss={name: l2, p: 0.99}", 10**6, ""),
+        ("loss={name: l1}", 10**6, ""),
+        ("loss={name: cross_entropy}", 10**6, ""),
+    ],
+)
+def test_a_small_exponent_with_many_classes_is_told_where_it_starts(
+    settings: str, num_classes: int, words: str
+) -> None:
+    warning = starting_loss_warning(resolve(None, [settings]).config, num_classes)
+    assert words in warning
+    assert bool(warning) == bool(words)
