@@ -32,6 +32,9 @@ SCORES = {
 }
 """Scores that are drawn, with label and colour: the last part of their names."""
 DISTANCE_STYLES = {"cosine": "-", "l2": "--"}
+OTHER_STYLES = ("-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+"""For distances between class probabilities, of which only MAP@R is drawn."""
+CERTIFICATE = "certificate"
 MOST_COLUMNS = 3
 
 
@@ -39,8 +42,8 @@ def training_curves(metrics: Mapping[str, Curve], title: str) -> Figure:
     """Small multiples over the steps: loss, training accuracy, scores, images/s, data wait.
 
     A panel is drawn where its figures were recorded: `loss`, `accuracy`, `images_per_second`,
-    `data_wait_share` (with any prefix, as `train/loss`), and for each protocol
-    `PROTOCOL/DISTANCE/SCORE`.
+    `data_wait_share` (with any prefix, as `train/loss`), for each protocol
+    `PROTOCOL/DISTANCE/SCORE`, and the shares of `SPLIT/certificate/METRIC/certified_share`.
 
     Args:
         metrics: of `read_metrics`.
@@ -86,6 +89,9 @@ def _panels(metrics: Mapping[str, Curve]) -> list[Callable[[Axes], None]]:
     # In the order of the config: the first protocol is the one that matters most.
     for protocol in dict.fromkeys(name.split("/")[0] for name in metrics if _score_of(name)):
         panels.append(lambda axes, p=protocol: _draw_scores(axes, metrics, p))
+    certified = [name for name in metrics if name.endswith("/certified_share")]
+    if certified:
+        panels.append(lambda axes: _draw_certified(axes, metrics, certified))
     if curve := _find(metrics, "images_per_second"):
         panels.append(lambda axes, c=curve: _draw_rate(axes, c))
     if curve := _find(metrics, "data_wait_share"):
@@ -94,14 +100,20 @@ def _panels(metrics: Mapping[str, Curve]) -> list[Callable[[Axes], None]]:
 
 
 def _find(metrics: Mapping[str, Curve], name: str) -> Curve | None:
-    found = [key for key in sorted(metrics) if key.split("/")[-1] == name and not _score_of(key)]
+    found = [
+        key
+        for key in sorted(metrics)
+        if key.split("/")[-1] == name and not _score_of(key) and f"/{CERTIFICATE}/" not in key
+    ]
     return metrics[found[0]] if found else None
 
 
 def _score_of(name: str) -> tuple[str, str, str] | None:
     """Protocol, distance and score of a name such as `unseen/cosine/map_at_r`."""
     parts = name.split("/")
-    if len(parts) != 3 or parts[1] not in DISTANCE_STYLES or parts[2] not in SCORES:
+    if len(parts) != 3 or parts[2] not in SCORES:
+        return None
+    if parts[1] not in DISTANCE_STYLES and parts[2] != "map_at_r":
         return None
     return parts[0], parts[1], parts[2]
 
@@ -153,6 +165,10 @@ def _draw_scores(axes: Axes, metrics: Mapping[str, Curve], protocol: str) -> Non
     found = {key: parts for key in metrics if (parts := _score_of(key)) and parts[0] == protocol}
     distances = {parts[1] for parts in found.values()}
     order = list(SCORES)
+    others = sorted(distances - set(DISTANCE_STYLES))
+    styles = DISTANCE_STYLES | {
+        name: OTHER_STYLES[i % len(OTHER_STYLES)] for i, name in enumerate(others)
+    }
     for key, (_, distance, score) in sorted(found.items(), key=lambda f: order.index(f[1][2])):
         label, colour = SCORES[score]
         curve = metrics[key]
@@ -160,16 +176,30 @@ def _draw_scores(axes: Axes, metrics: Mapping[str, Curve], protocol: str) -> Non
             curve.step,
             curve.value,
             color=colour,
-            linestyle=DISTANCE_STYLES[distance],
+            linestyle=styles[distance],
             linewidth=1.7 if distance == "cosine" else 1.1,
             marker="o",
             markersize=3 if distance == "cosine" else 2,
             label=f"{label}{f' {distance}' if len(distances) > 1 else ''} {curve.value[-1]:.3f}",
         )
     axes.set_ylim(0, 1)
-    axes.legend(fontsize=8, frameon=False, loc="best", ncols=len(distances), labelcolor=GREY)
+    columns = min(3, len(distances))
+    axes.legend(fontsize=8, frameon=False, loc="best", ncols=columns, labelcolor=GREY)
     named = f"{protocol} classes" if protocol in ("seen", "unseen") else protocol
     _name(axes, f"scores on {named}")
+
+
+def _draw_certified(axes: Axes, metrics: Mapping[str, Curve], names: list[str]) -> None:
+    """One line a metric: the share of samples whose class separation is certified."""
+    for name, colour in zip(
+        sorted(names), (BLUE, RED, GREEN, PURPLE, ORANGE, GREY) * 9, strict=False
+    ):
+        curve = metrics[name]
+        label = f"{name.split('/')[-2]} {curve.value[-1]:.1%}"
+        axes.plot(curve.step, curve.value, color=colour, marker="o", markersize=3, label=label)
+    axes.set_ylim(0, 1)
+    axes.legend(fontsize=8, frameon=False, loc="best", labelcolor=GREY)
+    _name(axes, "certified share of held-out images")
 
 
 def running_mean(values: Float[np.ndarray, " n"], window: int) -> Float[np.ndarray, " n"]:

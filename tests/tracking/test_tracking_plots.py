@@ -5,6 +5,8 @@ import numpy as np
 from dist_dml.tracking.plots import running_mean, save_figure, training_curves
 from dist_dml.tracking.recorder import Recorder, read_metrics
 
+CERTIFICATE = ("accuracy", "certified_share", "epsilon")
+
 
 def curves(tmp_path, names: list[str]):
     recorder = Recorder(tmp_path)
@@ -31,6 +33,26 @@ def test_each_protocol_has_its_panel_with_a_line_per_score_and_distance(tmp_path
     figure = training_curves(curves(tmp_path, names), "a run")
     panels = {axes.get_title(loc="left"): len(axes.get_lines()) for axes in figure.axes}
     assert panels == {"scores on unseen classes": 4, "scores on shop": 4}
+
+
+def test_certified_shares_have_a_panel_and_are_not_taken_for_the_training_accuracy(tmp_path):
+    names = [
+        "train/accuracy",
+        *(f"seen/certificate/metric_p0.{i}/{n}" for i in (1, 5) for n in CERTIFICATE),
+        *(f"seen/metric_p0.5/{score}" for score in ("recall_at_1", "map_at_r")),
+    ]
+    recorder = Recorder(tmp_path)
+    for name in names:
+        value = 0.5 if name == "train/accuracy" else 0.25
+        recorder.record(1, 1, 1.0, {name: value})
+    recorder.close()
+    figure = training_curves(read_metrics(tmp_path), "a run")
+    panels = {axes.get_title(loc="left"): len(axes.get_lines()) for axes in figure.axes}
+    assert panels == {
+        "training accuracy, last 50.0%": 2,
+        "scores on seen classes": 1,
+        "certified share of held-out images": 2,
+    }
 
 
 def test_a_run_without_records_or_with_a_diverged_loss_can_be_drawn(tmp_path):
