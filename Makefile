@@ -19,7 +19,7 @@ help:
 	@echo "make test-slow  faults, killed workers and the documented commands, end to end"
 	@echo "make lint       ruff (format, check) and pyright"
 	@echo "make ui         the MLflow UI over the runs in runs/"
-	@echo "make bench      time the class-parallel head against PyTorch's own"
+	@echo "make bench      time the class-parallel head against PyTorch's own, and all losses"
 	@echo "make clean      remove $(VENV), runs/ and datasets/"
 
 setup: $(READY)
@@ -68,6 +68,8 @@ ui: $(READY)
 bench: $(READY)
 	@echo "== bench: the class-parallel head against PyTorch's own functions, ratios in one run"
 	$(BIN)/python tools/bench_head.py
+	@echo "== bench: time, memory and error of every loss, as ratios to cross-entropy"
+	$(BIN)/python tools/bench_losses.py
 
 clean:
 	rm -rf $(VENV) runs datasets

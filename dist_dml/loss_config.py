@@ -161,6 +161,23 @@ class LossConfig(BaseModel):
                 f"loss.similarity=linear does not fit loss.name={self.name}, which is made of "
                 "cosines; use auto or cosine"
             )
+        factor = "scale" if self.temperature is None else "temperature"
+        if not self.uses_cosine and getattr(self, factor) is not None:
+            raise ValueError(
+                f"loss.{factor}={getattr(self, factor):g} is a factor of cosines, and loss.name="
+                f"{self.name} has inner products; set loss.similarity=cosine or remove it"
+            )
+        if self.uses_cosine and self.init_std == 0:
+            raise ValueError(
+                "loss.init_std=0 gives class weights without a direction, which cosines need; set "
+                "it above 0"
+            )
+        if sum(self.dynamic_margin[:2]) >= math.pi / 2:
+            a, b, _ = self.dynamic_margin
+            raise ValueError(
+                f"loss.dynamic_margin has a + b = {a + b:g}, the margin of a class with one image; "
+                "keep it below pi / 2"
+            )
         if self.scale is not None and self.temperature is not None:
             raise ValueError(
                 f"loss.scale={self.scale:g} and loss.temperature={self.temperature:g} say the same "

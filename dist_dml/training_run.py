@@ -204,7 +204,13 @@ def _check_state(path: Path, config: Config) -> None:
         for section, key in (("optimizer", "name"), ("loss", "bias"))
         if stored[section][key] != ours[section][key]
     ]
-    theirs = LossConfig.model_validate(stored["loss"])
+    try:
+        theirs = LossConfig.model_validate(stored["loss"])
+    except ValueError:  # Pydantic's error is one.
+        raise UsageError(
+            f"checkpoint {path} has a loss section that this version does not read; start a new "
+            "run.name"
+        ) from None
     for what, before, now in (
         ("cosine similarity", theirs.uses_cosine, config.loss.uses_cosine),
         ("loss.centres", theirs.num_centres, config.loss.num_centres),

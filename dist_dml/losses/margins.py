@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dist_dml.losses.softmax import TileTarget
@@ -134,11 +134,21 @@ def adaptive_margin(
 
 def running_norms(
     norms: Float[Tensor, " R"],
+    counted: Bool[Tensor, " R"],
     mean: Float[Tensor, ""],
     deviation: Float[Tensor, ""],
     momentum: float,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """AdaFace's running mean and standard deviation after a batch, whose weight is `momentum`."""
-    norms = norms.clamp(*_NORM_RANGE)
-    spread = norms.std() if len(norms) > 1 else torch.zeros_like(deviation)
-    return torch.lerp(mean, norms.mean(), momentum), torch.lerp(deviation, spread, momentum)
+    """AdaFace's running mean and standard deviation after a batch, whose weight is `momentum`.
+
+    Rows that are not counted (`loss.ignore_index`) are left out, without waiting for the device to
+    count the others. A batch without rows changes nothing.
+    """
+    norms, weights = norms.clamp(*_NORM_RANGE), counted.to(norms.dtype)
+    number = weights.sum()
+    centre = (norms * weights).sum() / number.clamp_min(1)
+    squares = ((norms - centre).square() * weights).sum()
+    spread = (squares / (number - 1).clamp_min(1)).sqrt()
+    # A bool times a Python float would be float32, whatever the others are.
+    share = (number > 0).to(mean.dtype) * momentum
+    return torch.lerp(mean, centre, share), torch.lerp(deviation, spread, share)

@@ -89,6 +89,8 @@ class ProxyAnchor:
     def _repel_(self, logits_: Tensor, target: TileTarget) -> tuple[Tensor, Tensor]:
         """Peak and mass of 1 + the sum over other classes' rows; `logits_` become its terms."""
         target.write_(logits_, float("-inf"))
+        if target.absent is not None:
+            logits_.masked_fill_(target.absent[:, None], float("-inf"))
         peak = (logits_.amax(0) + self.shift).clamp_min(0)
         logits_.sub_((peak - self.shift)[None]).exp_()
         return peak, logits_.sum(0) + (-peak).exp()

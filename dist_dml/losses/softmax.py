@@ -32,19 +32,22 @@ class TileTarget:
     `column` (R,) is the label's column, 0 where the label is elsewhere; `present` (R,) tells which.
     Both keep the shape fixed, so that nothing waits for the device to count rows. `first_id` is the
     id of the tile's first class, `local` the tile's place in a vector over this worker's classes.
+    A negative label is in no tile: its row is `absent` from losses that couple rows.
     """
 
     column: Int[Tensor, " R"]
     present: Bool[Tensor, " R"]
     first_id: int
     local: slice
+    absent: Bool[Tensor, " R"] | None = None
 
     @staticmethod
     def of(labels: Int[Tensor, " R"], start: int, stop: int, first_class: int = 0) -> TileTarget:
         """The targets in the tile of class ids `start..stop-1`, on the owner of `first_class..`."""
         present = (labels >= start) & (labels < stop)
         local = slice(start - first_class, stop - first_class)
-        return TileTarget(torch.where(present, labels - start, 0), present, start, local)
+        column = torch.where(present, labels - start, 0)
+        return TileTarget(column, present, start, local, labels < 0)
 
     def read(
         self, logits: Float[Tensor, "R t"], elsewhere: float = float("-inf")

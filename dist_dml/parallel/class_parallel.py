@@ -53,17 +53,21 @@ class ClassParallelProblem:
 
     def demand(self, num_rows: int, num_features: int) -> TileDemand:
         """What a sweep holds for so many rows."""
-        return demand_of(self.loss, num_rows, num_features, self.shard.tile_dtype)
+        cosine = self.shard.scale is not None
+        return demand_of(self.loss, num_rows, num_features, self.shard.tile_dtype, cosine)
 
 
 def demand_of(
-    loss: RowLoss | ColumnLoss, num_rows: int, num_features: int, tile_dtype: torch.dtype | None
+    loss: RowLoss | ColumnLoss,
+    num_rows: int,
+    num_features: int,
+    tile_dtype: torch.dtype | None,
+    cosine: bool,
 ) -> TileDemand:
-    """What a loss holds during a sweep; rounded operands are copies of a tile."""
-    buffers = loss.buffers + (0.0 if tile_dtype is None else 1.0)
-    if isinstance(loss, RowLoss):
-        return TileDemand(num_rows, num_features, loss.centres, buffers, loss.row_numbers)
-    return TileDemand(num_rows, num_features, buffers=buffers)
+    """What a loss holds during a sweep."""
+    centres, numbers = (loss.centres, loss.row_numbers) if isinstance(loss, RowLoss) else (1, 6)
+    rounded = tile_dtype is not None
+    return TileDemand(num_rows, num_features, centres, loss.buffers, numbers, cosine, rounded)
 
 
 def class_parallel_loss(
@@ -109,7 +113,8 @@ class _ClassParallelLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         rows, labels, agreed = ctx.saved_tensors
         upstream, _, of_spread = gradients
-        gradient = _backward_sweep(rows, labels, agreed, upstream, of_spread, ctx.problem)
+        gradient = _backward_sweep(rows, labels, agreed, upstream, ctx.problem)
+        _add_spread_gradient_(rows, of_spread, ctx.problem)
         return gradient, None, None
 
 
@@ -140,12 +145,7 @@ def row_statistics(
     """
     loss, group = problem.loss, problem.partition.group
     assert isinstance(loss, RowLoss)
-    merged: Tensor | None = None
-    for _, _, logits, target in tiles_of(rows, labels, problem):
-        part = loss.tile_statistics(logits, target)
-        merged = part if merged is None else loss.merge(merged, part)
-    assert merged is not None, "a partition owns at least one class"
-    whole, *others = gather_equal(merged, group)
+    whole, *others = gather_equal(_own_statistics(rows, labels, problem, loss), group)
     for other in others:
         whole = loss.merge(whole, other)
     if not loss.refined:
@@ -156,6 +156,18 @@ def row_statistics(
     ]
     refined = gather_equal(torch.stack(parts).sum(0), group).sum(0)
     return torch.cat((whole, refined))
+
+
+def _own_statistics(
+    rows: Tensor, labels: Tensor, problem: ClassParallelProblem, loss: RowLoss
+) -> Tensor:
+    """Of this worker's classes. A function of its own, so that its buffer ends with it."""
+    merged: Tensor | None = None
+    for _, _, logits, target in tiles_of(rows, labels, problem):
+        part = loss.tile_statistics(logits, target)
+        merged = part if merged is None else loss.merge(merged, part)
+    assert merged is not None, "a partition owns at least one class"
+    return merged
 
 
 def _column_sums(
@@ -187,8 +199,9 @@ def _centre_tiles(rows: Tensor, problem: ClassParallelProblem) -> Iterator[tuple
     """Rows of weights, and the centres (t, K, D) of as many classes as the budget allows."""
     shard = problem.shard
     count, width = shard.centres, shard.weight.shape[1]
-    per_class = (4 * count * width + 3 * count * count) * rows.element_size()
-    tile = max(1, problem.tile_bytes // per_class)
+    per_class = (5 * count * width + 3 * count * count) * rows.element_size()
+    of_rows = problem.demand(*rows.shape).of_rows() * rows.element_size()
+    tile = max(1, (problem.tile_bytes - of_rows) // per_class)
     for start, stop in tile_bounds(problem.partition.size, tile):
         own = shard.rows(start, stop)
         yield own, shard.weight[own].view(-1, count, width)
@@ -199,7 +212,6 @@ def _backward_sweep(
     labels: Tensor,
     agreed: Tensor,
     upstream: Tensor,
-    of_spread: Tensor,
     problem: ClassParallelProblem,
 ) -> Tensor:
     shard = problem.shard
@@ -207,8 +219,14 @@ def _backward_sweep(
     for start, stop, logits, target in tiles_of(rows, labels, problem):
         problem.loss.gradient_(logits, target, agreed, upstream)
         tile_gradient_(rows, shard, start, stop, logits, row_gradient, problem.accumulate)
-    if problem.spread is not None and shard.weight_gradient is not None:
-        for own, centres in _centre_tiles(rows, problem):
-            gradient = problem.spread.gradient(centres).flatten(0, 1)
-            shard.weight_gradient[own].add_(gradient * of_spread)
     return row_gradient
+
+
+def _add_spread_gradient_(rows: Tensor, of_spread: Tensor, problem: ClassParallelProblem) -> None:
+    """After the sweep, whose buffer is gone: the term on centres uses the same memory."""
+    target = problem.shard.weight_gradient
+    if problem.spread is None or target is None:
+        return
+    for own, centres in _centre_tiles(rows, problem):
+        gradient = problem.spread.gradient(centres).flatten(0, 1)
+        target[own].add_(gradient * of_spread)

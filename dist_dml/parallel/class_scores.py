@@ -21,7 +21,6 @@ from dist_dml.losses.softmax import CrossEntropy, RowLoss
 from dist_dml.metric_parameters import MetricParameters
 from dist_dml.parallel.class_parallel import (
     ClassParallelProblem,
-    demand_of,
     row_statistics,
     tiles_of,
 )
@@ -46,7 +45,7 @@ def _row_blocks(
     rows: Tensor, problem: ClassParallelProblem
 ) -> Iterator[tuple[slice, ClassParallelProblem]]:
     """Blocks of rows, and the problem with a budget that is sure to hold a tile for them."""
-    demand = demand_of(problem.loss, _ROWS, rows.shape[1], problem.shard.tile_dtype)
+    demand = problem.demand(_ROWS, rows.shape[1])
     least = (demand.of_rows() + 64 * demand.of_class()) * rows.element_size()
     problem = replace(problem, tile_bytes=max(problem.tile_bytes, int(least)))
     for start in range(0, len(rows), _ROWS):

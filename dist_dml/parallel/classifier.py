@@ -91,7 +91,9 @@ class ClassParallelClassifier(nn.Module):
             self.objective = build_objective(loss_config, partition.num_classes, own, counts, dtype)
         self.tile_bytes = int(loss_config.tile_mebibytes * 2**20)
         self.tile_dtype = {"float32": None, "bfloat16": torch.bfloat16}[loss_config.tile_dtype]
-        demand = demand_of(self.objective.loss, max_rows, embedding_dim, self.tile_dtype)
+        demand = demand_of(
+            self.objective.loss, max_rows, embedding_dim, self.tile_dtype, self.scale is not None
+        )
         tile_classes_within(self.tile_bytes, demand, dtype.itemsize)
         centres = self.objective.centres
         weight = _initial_weight(
@@ -143,13 +145,13 @@ class ClassParallelClassifier(nn.Module):
         """
         group = self.partition.group
         embeddings = embeddings.to(self.weight.dtype)
-        loss = self._loss_for(embeddings, row_counts)
+        all_labels = gather_uneven(labels, row_counts, group)
+        counted = all_labels != self.config.ignore_index
+        loss = self._loss_for(embeddings, row_counts, counted)
         if self.scale is not None:
             embeddings = F.normalize(embeddings, dim=1)
         embeddings = scale_gradient(embeddings, len(row_counts))
         rows = gather_rows(embeddings, row_counts, group)
-        all_labels = gather_uneven(labels, row_counts, group)
-        counted = all_labels != self.config.ignore_index
         weights = counted.to(rows.dtype)
         if row_weights is not None:
             weights = weights * gather_uneven(row_weights.to(rows.dtype), row_counts, group)
@@ -157,19 +159,23 @@ class ClassParallelClassifier(nn.Module):
             self.problem(with_gradients=True), loss=loss, accumulate=not self._gradient_is_stale
         )
         self._gradient_is_stale = False
-        # A row that is ignored is computed against class 0, which keeps it finite, and weighs 0.
-        values, correct, spread = class_parallel_loss(rows, all_labels.where(counted, 0), problem)
         if isinstance(loss, ColumnLoss):
             if row_weights is not None or batch_rows != len(rows):
                 raise UsageError(
                     f"loss.name={self.config.name} couples the rows of a batch: it takes no row "
                     "weights, and training.accumulate=1"
                 )
+            # No weight takes a row out of a column's sum: a negative label does.
+            values, correct, _ = class_parallel_loss(rows, all_labels.where(counted, -1), problem)
             return ObjectiveOutput(values, correct.sum())
+        # A row that is ignored is computed against class 0, which keeps it finite, and weighs 0.
+        values, correct, spread = class_parallel_loss(rows, all_labels.where(counted, 0), problem)
         total = (values * weights).sum() / batch_rows + spread * (len(rows) / batch_rows)
         return ObjectiveOutput(total, (correct & counted).sum())
 
-    def _loss_for(self, embeddings: Tensor, row_counts: tuple[int, ...]) -> RowLoss | ColumnLoss:
+    def _loss_for(
+        self, embeddings: Tensor, row_counts: tuple[int, ...], counted: Tensor
+    ) -> RowLoss | ColumnLoss:
         """The loss, with margins that follow the rows' norms where it has such."""
         loss = self.objective.loss
         if not self.objective.adaptive:
@@ -179,7 +185,7 @@ class ClassParallelClassifier(nn.Module):
         norms = gather_uneven(own, row_counts, self.partition.group)
         if self.training:
             self.norm_mean, self.norm_deviation = running_norms(
-                norms, self.norm_mean, self.norm_deviation, self.config.norm_momentum
+                norms, counted, self.norm_mean, self.norm_deviation, self.config.norm_momentum
             )
         margin = adaptive_margin(
             norms,

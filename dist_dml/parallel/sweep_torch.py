@@ -69,8 +69,10 @@ class TileDemand:
         num_rows: R.
         num_features: D.
         centres: K.
-        buffers: buffers of R x t numbers beside the logits.
+        buffers: buffers of R x t numbers beside the logits, while the loss works on a tile.
         row_numbers: statistics of a row; merging holds several copies.
+        cosine: whether weight gradients are projected.
+        rounded: whether the matrix products' operands and results are copies of half the size.
     """
 
     num_rows: int
@@ -78,15 +80,26 @@ class TileDemand:
     centres: int = 1
     buffers: float = 0.0
     row_numbers: int = 6
+    cosine: bool = True
+    rounded: bool = False
 
     def of_rows(self) -> int:
         """Gathered and padded rows, their gradient and its reduction, statistics."""
         return self.num_rows * (6 * self.num_features + 4 * self.row_numbers + 8)
 
     def of_class(self) -> float:
-        """One class's logits and buffers and, for cosines, weight gradients before projection."""
-        columns = self.num_rows * (self.centres + self.buffers)
-        return columns + (2 * self.num_features + 8) * self.centres
+        """One class's logits and the larger of what the loss and the products hold besides.
+
+        Never both at a time. Products: rounded operands and results; a weight gradient before it is
+        projected, and its product with the weights.
+        """
+        products = 0.0
+        if self.rounded:
+            products = (self.num_rows + self.num_features) / 2 + self.num_features
+        if self.cosine:
+            products = max(products, 2.0 * self.num_features)
+        own = (self.num_rows + 8) * self.centres
+        return own + max(self.num_rows * self.buffers, products * self.centres)
 
 
 def tile_classes_within(tile_bytes: int, demand: TileDemand, element_size: int) -> int:

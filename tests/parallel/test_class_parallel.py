@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from live_bytes import LiveBytes
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from worker_group import run_workers
 
 from dist_dml.config import LossConfig, OptimizerConfig
@@ -201,38 +200,6 @@ def test_zero_class_weights_score_no_correct_rows() -> None:
     torch.testing.assert_close(output.loss, torch.tensor(float(C)).log())
 
 
-class _LiveBytes(TorchDispatchMode):
-    """The most bytes alive at a time in storages that operations under this mode create."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: dict[int, int] = {}
-        self.live = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        import weakref
-
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if not isinstance(tensor, Tensor):
-                continue
-            storage = tensor.untyped_storage()
-            key = storage._cdata
-            if key in self.sizes or any(
-                isinstance(a, Tensor) and a.untyped_storage()._cdata == key
-                for a in tree_leaves((args, kwargs))
-            ):
-                continue
-            self.sizes[key] = storage.nbytes()
-            self.live += storage.nbytes()
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._freed, key)
-        return result
-
-    def _freed(self, key: int) -> None:
-        self.live -= self.sizes.pop(key)
-
-
 @pytest.mark.parametrize("similarity", ["linear", "cosine"])
 @pytest.mark.parametrize("num_classes", [20_000, 200_000])
 def test_memory_beyond_weights_stays_within_the_tile_budget(
@@ -250,7 +217,7 @@ def test_memory_beyond_weights_stays_within_the_tile_budget(
         classifier.step(1.0)
 
     step()  # Allocates the gradient and the optimizer's state, which do not count.
-    with _LiveBytes() as counter:
+    with LiveBytes() as counter:
         step()
     assert 0 < counter.peak <= budget_mebibytes * 2**20
     # The budget is used, too: the peak is not small because the count is blind.
