@@ -17,6 +17,8 @@ COMMANDS = {
     "config": ("dist_dml.config_command", "show, diff or describe configurations"),
     "pack glyphs": ("dist_dml.data.pack.glyphs", "draw characters of the installed typefaces"),
     "pack folder": ("dist_dml.data.pack.folder", "pack a class_name/image.jpg tree"),
+    "pack cifar": ("dist_dml.data.pack.cifar", "pack CIFAR-10 or CIFAR-100's binary archive"),
+    "pack digits": ("dist_dml.data.pack.digits", "pack scikit-learn's digits"),
     "index": ("dist_dml.data.index_command", "index anybody's WebDataset tars"),
     "track": ("dist_dml.tracking.sync_command", "send what MLflow has missed"),
     "ui": ("dist_dml.tracking.ui_command", "open the MLflow UI on this machine"),
