@@ -44,9 +44,11 @@ def in_tiles(
         ]
 
     parts = [loss.tile_statistics(*tile) for tile in tiles()]
+    # By twos from the left, so that merged statistics are merged again; all at once is the same.
     statistics = parts[0]
     for part in parts[1:]:
-        statistics = loss.merge(statistics, part)
+        statistics = loss.merge(torch.stack((statistics, part)))
+    torch.testing.assert_close(loss.merge(torch.stack(parts)), statistics, rtol=1e-5, atol=1e-30)
     if loss.refined:
         refined = [loss.tile_refinement(*tile, statistics) for tile in tiles()]
         statistics = torch.cat((statistics, torch.stack(refined).sum(0)))

@@ -50,12 +50,9 @@ class BinaryCrossEntropy:
         others = torch.logaddexp(logits_, zero, out=logits_).sum(1)
         return torch.stack((others, label, rival))
 
-    def merge(
-        self, first: Float[Tensor, "3 R"], second: Float[Tensor, "3 R"]
-    ) -> Float[Tensor, "3 R"]:
+    def merge(self, parts: Float[Tensor, "n 3 R"]) -> Float[Tensor, "3 R"]:
         """Sum and maxima."""
-        largest = torch.maximum(first[_LABEL:], second[_LABEL:])
-        return torch.cat((first[:_LABEL] + second[:_LABEL], largest))
+        return torch.cat((parts[:, :_LABEL].sum(0), parts[:, _LABEL:].amax(0)))
 
     def tile_refinement(
         self, logits_: Float[Tensor, "R t"], target: TileTarget, statistics: Float[Tensor, "3 R"]

@@ -160,13 +160,10 @@ class ComposedLoss:
         own = torch.stack((label, weight))
         return torch.cat((own, self.base.tile_statistics(logits, target)))
 
-    def merge(
-        self, first: Float[Tensor, "k R"], second: Float[Tensor, "k R"]
-    ) -> Float[Tensor, "k R"]:
+    def merge(self, parts: Float[Tensor, "n k R"]) -> Float[Tensor, "k R"]:
         """Maximum; sum (all owners but one say 0); the base's rule."""
-        label = torch.maximum(first[:1], second[:1])
-        weight = first[1:2] + second[1:2]
-        return torch.cat((label, weight, self.base.merge(first[2:], second[2:])))
+        label, weight = parts[:, :1].amax(0), parts[:, 1:2].sum(0)
+        return torch.cat((label, weight, self.base.merge(parts[:, 2:])))
 
     def tile_refinement(
         self, logits_: Float[Tensor, "R tK"], target: TileTarget, statistics: Float[Tensor, "k R"]

@@ -92,10 +92,8 @@ class RowLoss(Protocol):
         """The statistics of one tile. Overwrites `logits_`, which saves a buffer of its size."""
         ...
 
-    def merge(
-        self, first: Float[Tensor, "k R"], second: Float[Tensor, "k R"]
-    ) -> Float[Tensor, "k R"]:
-        """The statistics of the union of two disjoint sets of classes."""
+    def merge(self, parts: Float[Tensor, "n k R"]) -> Float[Tensor, "k R"]:
+        """The statistics of the union of n disjoint sets of classes."""
         ...
 
     def tile_refinement(
@@ -187,16 +185,13 @@ class CrossEntropy:
         count = logits_.shape[1] - target.present.to(rival.dtype)
         return torch.stack((label, rival, mass, gap, count))
 
-    def merge(
-        self, first: Float[Tensor, "k R"], second: Float[Tensor, "k R"]
-    ) -> Float[Tensor, "k R"]:
+    def merge(self, parts: Float[Tensor, "n k R"]) -> Float[Tensor, "k R"]:
         """Maxima of maxima; masses rescaled and gaps shifted to the common rival."""
-        largest = torch.maximum(first[: _RIVAL + 1], second[: _RIVAL + 1])
-        first_drop, second_drop = largest[_RIVAL] - first[_RIVAL], largest[_RIVAL] - second[_RIVAL]
-        mass = first[_MASS] * torch.exp(-first_drop) + second[_MASS] * torch.exp(-second_drop)
-        gap = first[_GAP] + first[_COUNT] * first_drop
-        gap = gap + second[_GAP] + second[_COUNT] * second_drop
-        return torch.stack((*largest, mass, gap, first[_COUNT] + second[_COUNT]))
+        largest = parts[:, : _RIVAL + 1].amax(0)
+        drop = largest[_RIVAL] - parts[:, _RIVAL]
+        mass = (parts[:, _MASS] * torch.exp(-drop)).sum(0)
+        gap = (parts[:, _GAP] + parts[:, _COUNT] * drop).sum(0)
+        return torch.stack((*largest, mass, gap, parts[:, _COUNT].sum(0)))
 
     def values(self, statistics: Float[Tensor, "k R"]) -> Float[Tensor, " R"]:
         """sum_j t_j (lse - s_j), from differences of logits, which stay exact at 1e4."""

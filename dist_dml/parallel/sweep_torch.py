@@ -85,7 +85,7 @@ class TileDemand:
 
     def of_rows(self) -> int:
         """Gathered and padded rows, their gradient and its reduction, statistics."""
-        return self.num_rows * (6 * self.num_features + 4 * self.row_numbers + 8)
+        return self.num_rows * (6 * self.num_features + 8 * self.row_numbers + 8)
 
     def of_class(self) -> float:
         """One class's logits and the larger of what the loss and the products hold besides.

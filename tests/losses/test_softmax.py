@@ -39,7 +39,7 @@ def statistics_of(
     for start, stop in itertools.pairwise(bounds):
         target = TileTarget.of(labels, start, stop)
         part = loss.tile_statistics(logits[:, start:stop].clone(), target)
-        merged = part if merged is None else loss.merge(merged, part)
+        merged = part if merged is None else loss.merge(torch.stack((merged, part)))
     assert merged is not None
     return merged
 
@@ -134,7 +134,8 @@ def test_a_tile_of_nothing_but_the_label_is_finite(smoothing: float) -> None:
     elsewhere = loss.tile_statistics(logits[:, :5].clone(), TileTarget.of(labels, 0, 5))
     assert not alone.isnan().any()
     assert not elsewhere.isnan().any()
-    for merged in (loss.merge(alone, elsewhere), loss.merge(elsewhere, alone)):
+    for parts in ((alone, elsewhere), (elsewhere, alone)):
+        merged = loss.merge(torch.stack(parts))
         assert merged.isfinite().all()
     # One class in all: certain, and no rival to be above.
     single = CrossEntropy(1)

@@ -84,7 +84,8 @@ def sharded(
             D, partition, config, OptimizerConfig(), seed=0, max_rows=R, dtype=dtype
         )
         # A budget of a few classes a tile: many tiles, and a last one that is smaller.
-        classifier.tile_bytes = (R * (6 * D + 32) + 17 * (R + 2 * D + 8)) * dtype.itemsize
+        demand = classifier.problem(with_gradients=False).demand(R, D)
+        classifier.tile_bytes = int(demand.of_rows() + 17 * demand.of_class()) * dtype.itemsize
         own = slice(partition.start, partition.stop)
         with torch.no_grad():
             classifier.weight.copy_(weight[own])
@@ -187,8 +188,13 @@ def test_merging_statistics_is_associative_and_equals_one_tile() -> None:
 
     a, b, c = statistics(0, 5), statistics(5, 6), statistics(6, C)
     whole = statistics(0, C)
-    torch.testing.assert_close(loss.merge(loss.merge(a, b), c), whole)
-    torch.testing.assert_close(loss.merge(a, loss.merge(c, b)), whole)
+
+    def merged(*parts: Tensor) -> Tensor:
+        return loss.merge(torch.stack(parts))
+
+    torch.testing.assert_close(merged(merged(a, b), c), whole)
+    torch.testing.assert_close(merged(a, merged(c, b)), whole)
+    torch.testing.assert_close(merged(c, a, b), whole)
 
 
 def test_zero_class_weights_score_no_correct_rows() -> None:
