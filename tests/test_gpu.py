@@ -5,14 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from dense_losses import Dense, NormState, dense, random_batch
+from torch import Tensor
 
 from dist_dml.config import LossConfig, OptimizerConfig
 from dist_dml.config_loading import resolve
 from dist_dml.engine import TorchEngine
+from dist_dml.loss_config import READS
 from dist_dml.models.embedder import build_embedder
 from dist_dml.parallel.class_partition import ClassPartition
 from dist_dml.parallel.classifier import ClassParallelClassifier
@@ -24,31 +27,55 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("similarity", ["linear", "cosine"])
-def test_class_parallel_loss_on_cuda_equals_the_float64_twin(similarity: str) -> None:
-    num_classes, width, rows = 5000, 64, 96
-    config = LossConfig.model_validate(
-        {"similarity": similarity, "init_std": 0.3, "tile_mebibytes": 2.0}
-    )
-    partition = ClassPartition.of_worker(0, 1, num_classes)
+LOSSES: dict[str, dict[str, Any]] = {
+    **{name: {"name": name} for name in READS},
+    "cross_entropy on cosines": {"name": "cross_entropy", "similarity": "cosine"},
+    "l1, second sweep": {"name": "l1", "sums": "sweep"},
+    "l2, p = 0.5": {"name": "l2", "p": 0.5},
+}
+
+
+def losses_on(device: str, keys: dict[str, Any]) -> tuple[Dense, dict[str, Tensor]]:
+    """The dense float64 twin on the CPU, and what the classifier gives on a device."""
+    num_rows, num_classes, width = 96, 5000, 64
+    config = LossConfig(tile_mebibytes=6.0, **keys)
+    # Moderate logits: the twins of L1 and L2 lose their digits where a probability rounds to 1.
+    batch = random_batch(num_rows, num_classes, width, config.num_centres, 1.0)
     classifier = ClassParallelClassifier(
-        width, partition, config, OptimizerConfig(), 0, rows, device="cuda"
+        width,
+        ClassPartition.of_worker(0, 1, num_classes),
+        config,
+        OptimizerConfig(),
+        0,
+        num_rows,
+        device,
+        class_counts=batch.counts,
     )
-    embeddings = torch.randn(rows, width, device="cuda", requires_grad=True)
-    labels = torch.randint(0, num_classes, (rows,), device="cuda")
-    loss = classifier(embeddings, labels, (rows,), rows).loss
-    loss.backward()
-    z = embeddings.detach().double().requires_grad_()
-    w = classifier.weight.detach().double().requires_grad_()
-    if similarity == "cosine":
-        logits = config.scale * F.normalize(z, dim=1) @ F.normalize(w, dim=1).T
-    else:
-        logits = z @ w.T
-    twin = F.cross_entropy(logits, labels)
-    twin.backward()
-    torch.testing.assert_close(loss.double(), twin, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(embeddings.grad.double(), z.grad, rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(classifier.weight.grad.double(), w.grad, rtol=1e-3, atol=1e-5)
+    with torch.no_grad():
+        classifier.weight.copy_(batch.weight)
+        if classifier.bias is not None:
+            classifier.bias.copy_(batch.bias)
+    embeddings = batch.embeddings.float().to(device).requires_grad_()
+    output = classifier(embeddings, batch.labels.to(device), (num_rows,), num_rows)
+    output.loss.backward()
+    assert embeddings.grad is not None
+    assert classifier.weight.grad is not None
+    found = {"loss": output.loss.detach(), "embeddings": embeddings.grad}
+    found["weight"] = classifier.weight.grad
+    found = {key: value.cpu().double() for key, value in found.items()}
+    return dense(config, batch, NormState()), found
+
+
+@pytest.mark.parametrize("tile_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_on_cuda_equals_its_float64_twin(name: str, tile_dtype: str) -> None:
+    twin, found = losses_on("cuda", LOSSES[name] | {"tile_dtype": tile_dtype})
+    # TF32 is off by default; bfloat16 has 8 bits, and scale 64 magnifies them.
+    tolerance = 1e-4 if tile_dtype == "float32" else 0.05
+    assert abs(found["loss"] / twin.loss - 1) < tolerance
+    for key in ("embeddings", "weight"):
+        wanted = twin.gradients[key].reshape(found[key].shape)
+        assert (found[key] - wanted).norm() < tolerance * wanted.norm(), key
 
 
 def test_bfloat16_autocast_trains_on_cuda_with_float32_weights() -> None:
