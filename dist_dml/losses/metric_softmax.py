@@ -32,17 +32,16 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from dist_dml.losses.largest import largest_entries
 from dist_dml.losses.log_space import exp_from, first_power_sums, label_term, slope
+from dist_dml.losses.row_view import RowView, id_numbers, id_of, place_of
 from dist_dml.losses.softmax import TileTarget
 from dist_dml.metric_parameters import MetricParameters
 
 _KEPT, _POWERS = 32, 4
-# A class id is two floats: one would round ids above 2^24 in float32.
-_ID_BASE = 4096
 _SMALLEST_P_OF_EXP = 0.25
 # Pieces of a tile that are worked on one after the other: what a piece needs besides stays in the
 # caches and counts little against the tile.
@@ -111,10 +110,8 @@ class MetricSoftmax:
         reference = rivals[:, -1].masked_fill(rivals[:, -1] == float("-inf"), 0.0)
         logits_.sub_(reference[:, None])
         mass, *sums = torch.stack([self._sums_(part) for part in _pieces(logits_)]).sum(0)
-        ids = (top_id // _ID_BASE, top_id % _ID_BASE)
-        return torch.stack(
-            (label, *rivals.unbind(1), *(part.to(mass.dtype) for part in ids), mass, *sums)
-        )
+        ids = id_numbers(top_id, label.dtype)
+        return torch.stack((label, *rivals.unbind(1), *ids, mass, *sums))
 
     def _sums_(self, logits_: Tensor) -> Tensor:
         """Mass and power sums of differences from the reference."""
@@ -149,7 +146,7 @@ class MetricSoftmax:
         """H and sum of log(1 - k q^p) over the classes of the tile besides label and top rival."""
         view = self._view(statistics)
         target.write_(logits_, float("-inf"))
-        column, present = _place(view.top_id, target, logits_.shape[1])
+        column, present = place_of(view.top_id, target, logits_.shape[1])
         TileTarget(column, present, target.first_id, target.local).write_(logits_, float("-inf"))
         # h = 1 / (e^-x - 1) for k q^p = e^x, and log(1 - e^x) = -log(1 + h).
         shift = self.parameters.p * view.log_mass - self._log_k
@@ -214,7 +211,7 @@ class MetricSoftmax:
     ) -> None:
         """h_j plus a multiple of e^s_j; label and top rival are overwritten by their own."""
         reference, coefficient, share, shift, label_gradient, top_gradient = terms[:6]
-        column, present = _place(_id_of(terms[6], terms[7]), target, logits_.shape[1])
+        column, present = place_of(id_of(terms[6:8]), target, logits_.shape[1])
         coefficient, scaled = (coefficient * upstream)[:, None], upstream[:, None]
         pieces = _pieces(logits_)
         scratch = torch.empty_like(pieces[0])
@@ -246,28 +243,16 @@ class MetricSoftmax:
             return exponents_.expm1_()
         return exponents_.exp_().sub_(1)
 
-    def _view(self, statistics: Tensor) -> _View:
+    def _view(self, statistics: Tensor) -> RowView:
         kept = self._kept
-        label, rivals, mass = statistics[0], statistics[1 : kept + 1], statistics[kept + 3]
-        peak = torch.maximum(label, rivals[0])
-        label, rivals = label - peak, rivals - peak
-        rest = rivals[-1] + mass.log()
-        # Nothing left: with M rivals or fewer the mass is 0, and -inf + log 0 is no number.
-        rest = rest.masked_fill(mass == 0, float("-inf"))
-        floor = torch.finfo(label.dtype).min / 4  # A single class has no others at all.
-        but_label = torch.cat((rivals, rest[None])).logsumexp(0).clamp_min(floor)
-        but_top = torch.cat((label[None], rivals[1:], rest[None])).logsumexp(0)
-        return _View(
-            peak,
-            label,
-            rivals[0],
-            torch.logaddexp(label, but_label),
-            but_label,
-            but_top,
-            _id_of(statistics[kept + 1], statistics[kept + 2]),
+        return RowView.of(
+            statistics[0],
+            statistics[1 : kept + 1],
+            statistics[kept + 3],
+            statistics[kept + 1 : kept + 3],
         )
 
-    def _sums(self, statistics: Tensor, view: _View) -> tuple[Tensor, Tensor]:
+    def _sums(self, statistics: Tensor, view: RowView) -> tuple[Tensor, Tensor]:
         """H and sum of log(1 - k q^p), over all classes but label and top rival."""
         kept, p, k = self._kept, self.parameters.p, self.parameters.k
         if not self.powers:
@@ -283,43 +268,6 @@ class MetricSoftmax:
         return total, logarithms
 
 
-@dataclass(frozen=True)
-class _View:
-    """A row's numbers, all logits taken from `peak`; the log-sum-exps are over all classes, all but
-    the label, all but the top rival."""
-
-    peak: Float[Tensor, " R"]
-    label: Float[Tensor, " R"]
-    top: Float[Tensor, " R"]
-    log_mass: Float[Tensor, " R"]
-    lse_but_label: Float[Tensor, " R"]
-    lse_but_top: Float[Tensor, " R"]
-    top_id: Int[Tensor, " R"]
-
-    @property
-    def label_gap(self) -> Tensor:
-        """om = sigmoid of this."""
-        return self.lse_but_label - self.label
-
-    @property
-    def top_gap(self) -> Tensor:
-        """q_t = sigmoid of this."""
-        return self.top - self.lse_but_top
-
-
 def _pieces(tile: Tensor) -> list[Tensor]:
     """Views of columns."""
     return list(tile.split(max(1, -(-tile.shape[1] // _PIECES)), dim=1))
-
-
-def _id_of(high: Tensor, low: Tensor) -> Int[Tensor, " R"]:
-    return high.long() * _ID_BASE + low.long()
-
-
-def _place(
-    ids: Int[Tensor, " R"], target: TileTarget, num_columns: int
-) -> tuple[Int[Tensor, " R"], Bool[Tensor, " R"]]:
-    """The columns of class ids in a tile, and whether they are there."""
-    column = ids - target.first_id
-    present = (column >= 0) & (column < num_columns)
-    return torch.where(present, column, 0), present
