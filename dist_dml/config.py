@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from dist_dml.class_config import ClassesConfig
 from dist_dml.errors import UsageError
 from dist_dml.loss_config import COUPLED_LOSSES, LossConfig
 from dist_dml.metric_parameters import parse_metric
@@ -331,6 +332,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
+    classes: ClassesConfig = ClassesConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     training: TrainingConfig = TrainingConfig()
@@ -350,5 +352,11 @@ class Config(Section):
             raise ValueError(
                 f"training.accumulate={self.training.accumulate} cuts the batch, but the rows of "
                 f"loss.name={self.loss.name} depend on each other; set training.accumulate=1"
+            )
+        if self.training.accumulate > 1 and self.classes.sample != "all":
+            raise ValueError(
+                f"classes.sample={self.classes.sample} needs the labels of the whole batch before "
+                f"its first micro-batch, and training.accumulate={self.training.accumulate}; set "
+                "training.accumulate=1 or classes.sample=all"
             )
         return self

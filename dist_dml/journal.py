@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,8 +104,22 @@ class Journal:
             running = time.perf_counter() - self._running_since
         return self._seconds_before + self._seconds + running
 
-    def step_done(self, progress: Progress, epoch: int, factor: float, rows: int) -> None:
+    def step_done(
+        self,
+        progress: Progress,
+        epoch: int,
+        factor: float,
+        rows: int,
+        also: Callable[[], dict[str, float]],
+    ) -> None:
         """Close a step; every `tracking.every_steps` write down those since the last time.
+
+        Args:
+            progress: after the step.
+            epoch: epochs that are done.
+            factor: the schedule's factor of the learning rate.
+            rows: of the step's batch.
+            also: further numbers, asked for when they are written down.
 
         Raises:
             RunError: if a loss is not finite.
@@ -117,9 +131,8 @@ class Journal:
         self._images += rows
         loss = None
         if progress.step % self._every_steps == 0:
-            loss = self._flush(
-                {"train/learning_rate": factor * self._learning_rate, "train/epoch": epoch}
-            )
+            rate = factor * self._learning_rate
+            loss = self._flush({"train/learning_rate": rate, "train/epoch": epoch, **also()})
         if self._line is not None:
             self._line.update(
                 progress.step, epoch, progress.images_seen, self._wait_seconds, loss=loss

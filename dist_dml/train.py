@@ -20,6 +20,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
 from dist_dml.checkpoint import Contents, save_checkpoint
 from dist_dml.checkpoint_manifest import Progress, prune_checkpoints
 from dist_dml.command_line import run_command
@@ -28,6 +30,7 @@ from dist_dml.config_loading import Resolved, config_hash, to_yaml
 from dist_dml.data.loader import Batch, training_batches
 from dist_dml.engine import Engine
 from dist_dml.entry import add_config_arguments, run_worker
+from dist_dml.errors import RunError
 from dist_dml.evaluate import tables, write_certificates, write_gallery
 from dist_dml.journal import Journal
 from dist_dml.keyed_random import key_of, row_keys
@@ -55,6 +58,8 @@ def train(resolved: Resolved, world: World, arguments: argparse.Namespace) -> No
     except BaseException as error:
         journal.fail("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
+    finally:
+        run.classifier.close()
     journal.finish(config, run)
 
 
@@ -91,7 +96,7 @@ def loop(config: Config, run: TrainingRun, world: World, journal: Journal) -> No
         )
         epoch, within = divmod(progress.step, plan.steps_per_epoch)
         ends_epoch, ends_run = within == 0, progress.step == run.total_steps
-        journal.step_done(progress, epoch, factor, batch_rows)
+        journal.step_done(progress, epoch, factor, batch_rows, classifier.report)
 
         is_best = False
         if ends_run or (ends_epoch and _is_due(epoch, config.evaluation.every_epochs)):
@@ -140,11 +145,9 @@ def train_step(
     # Dropout is keyed by step and position in the batch, not by worker.
     keys = row_keys(key_of(seed, "dropout", batch.step), positions)
     embeddings = engine(images, keys, last)
-    output = classifier(embeddings, labels, batch.row_counts, batch_rows)
+    output = classifier(embeddings, labels, batch.row_counts, batch_rows, factor=factor, last=last)
     engine.backward(output.loss)
     engine.step(factor)
-    if last:
-        classifier.step(factor)
     return ObjectiveOutput(output.loss.detach(), output.num_correct)
 
 
@@ -186,7 +189,19 @@ def evaluate(
 
 
 def save(config: Config, run: TrainingRun, world: World, progress: Progress) -> None:
-    """Write a checkpoint, then remove those that are no longer kept."""
+    """Write a checkpoint, then remove those that are no longer kept.
+
+    Raises:
+        RunError: if the embedder holds numbers that are not finite: classes are updated before its
+            gradient is known, and half a step is never kept.
+    """
+    for name, parameter in run.engine.embedder.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise RunError(
+                f"step {progress.step} left {name} with numbers that are not finite; lower "
+                "optimizer.learning_rate or set optimizer.clip_norm, and continue from the last "
+                "checkpoint with --resume auto"
+            )
     contents = Contents(progress, run.plan_facts, to_yaml(config), config_hash(config))
     folder = run.folder / "checkpoints"
     save_checkpoint(folder, contents, run.engine, run.classifier, world)

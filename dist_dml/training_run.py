@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import Tensor
 
 from dist_dml.checkpoint import load_classes, load_embedder_tensors, load_optimizer_state
 from dist_dml.checkpoint_manifest import Manifest, Progress, newest_checkpoint, verify_checkpoint
@@ -27,6 +25,7 @@ from dist_dml.parallel.class_partition import ClassPartition
 from dist_dml.parallel.classifier import ClassParallelClassifier
 from dist_dml.parallel.collectives import gather_objects
 from dist_dml.parallel.world import World
+from dist_dml.resources import check_disk, check_memory
 
 # A start this many times above that of p = 1 is worth a word.
 _FAR_ABOVE = 5.0
@@ -77,6 +76,7 @@ def prepare(config: Config, world: World) -> TrainingRun:
     if isinstance(found, UsageError):
         raise found
     embedder = build_embedder(config.model, config.data.image, config.run.seed, world.group)
+    check_memory(config, embedder.embedding_dim, partition, world)
     classifier = ClassParallelClassifier(
         embedder.embedding_dim,
         partition,
@@ -86,9 +86,11 @@ def prepare(config: Config, world: World) -> TrainingRun:
         max_rows=-(-config.data.batch_size // config.training.accumulate),
         device=world.device,
         class_counts=index.class_counts(config.data.split, num_classes),
+        classes=config.classes,
+        micro_batches=config.training.accumulate,
     )
     start, engine = _restore(config, world, embedder, classifier, facts, found)
-    _check_disk(config, folder, embedder, classifier, world)
+    check_disk(config, folder, embedder, classifier, world)
     return TrainingRun(folder, index, plan, total_steps, engine, classifier, start, facts)
 
 
@@ -201,8 +203,10 @@ def _check_state(path: Path, config: Config) -> None:
     ours = config.model_dump(mode="json")
     differing = [
         f"{section}.{key} {stored[section][key]!r} -> {ours[section][key]!r}"
-        for section, key in (("optimizer", "name"), ("loss", "bias"))
-        if stored[section][key] != ours[section][key]
+        for section, key in (("optimizer", "name"), ("loss", "bias"), ("classes", "optimizer"))
+        # A section that a checkpoint does not know had its defaults.
+        if stored.setdefault(section, dict(ours[section])).setdefault(key, "same")
+        != ours[section][key]
     ]
     try:
         theirs = LossConfig.model_validate(stored["loss"])
@@ -239,34 +243,6 @@ def starting_loss_warning(config: Config, num_classes: int) -> str:
         f"{start:.2g} (p = 1: {usual:.1f}), whose gradient hardly falls; train with p of 0.99 or 1 "
         "and use the small p as the distance of an evaluation"
     )
-
-
-def _check_disk(
-    config: Config,
-    folder: Path,
-    embedder: Embedder,
-    classifier: ClassParallelClassifier,
-    world: World,
-) -> None:
-    """Refuse a run whose checkpoints cannot fit: those kept, the best, and the one being
-    written."""
-    states = 1 if config.optimizer.name == "sgd" else 2
-    own = (1 + states) * sum(_bytes(parameter) for parameter in classifier.parameters())
-    one = sum(gather_objects(own, world.group))
-    one += (1 + states) * sum(_bytes(tensor) for tensor in embedder.state_dict().values())
-    needed = one * (config.checkpoint.keep_last + 2)
-    own_view = shutil.disk_usage(folder).free if world.is_first else 0
-    free = gather_objects(own_view, world.group)[0]
-    if free < needed:
-        raise UsageError(
-            f"run.root={config.run.root} has {free / 2**20:.1f} MiB free and checkpoints need up "
-            f"to {needed / 2**20:.1f} MiB; free space, choose another run.root, or lower "
-            "checkpoint.keep_last"
-        )
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def run_facts(config: Config, run: TrainingRun) -> dict[str, str]:

@@ -20,9 +20,23 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module's level is that of its longest prefix here. It imports its level or below. A module that
 # only commands may import stands on their level, however little it imports itself.
 LEVELS = {
-    **dict.fromkeys(("train", "tune", "evaluate", "estimate", "cli"), 4),
+    **dict.fromkeys(("train", "tune", "evaluate", "cli"), 4),
     **dict.fromkeys(
-        ("entry", "journal", "training_run", "measurement", "config_command", "command_line"), 4
+        (
+            "entry",
+            "journal",
+            "training_run",
+            "measurement",
+            "config_command",
+            "command_line",
+            "resources",
+            "estimate",
+            "estimate_embedder",
+            "estimate_head",
+            "estimate_tables",
+            "estimate_validate",
+        ),
+        4,
     ),
     **dict.fromkeys(
         (
@@ -39,16 +53,20 @@ LEVELS = {
     **dict.fromkeys(("models", "data"), 2),
     **dict.fromkeys(
         (
+            "parallel.backends",
+            "parallel.class_kernels",
+            "parallel.class_optim",
             "parallel.class_parallel",
+            "parallel.class_problem",
             "parallel.class_scores",
             "parallel.sampling",
-            "parallel.class_optim",
+            "parallel.torch_sweeps",
         ),
         2,
     ),
     **dict.fromkeys(("losses", "parallel"), 1),
     **dict.fromkeys(("config", "config_loading", "errors", "keyed_random", "schedule"), 0),
-    **dict.fromkeys(("whole_files", "loss_config", "metric_parameters"), 0),
+    **dict.fromkeys(("whole_files", "class_config", "loss_config", "metric_parameters"), 0),
     "": 0,  # The package itself, which holds the version.
 }
 # Heavy libraries and the one part of the package that imports them, inside functions. Matplotlib

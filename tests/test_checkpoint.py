@@ -176,10 +176,12 @@ def test_what_2_workers_saved_is_the_same_on_3_and_on_1(tmp_path: Path) -> None:
         # 11 classes: 6 and 5 on two workers, 4, 4 and 3 on three.
         sizes = [len(worker[number]["classes"]["weight"]) for worker in (*saved, *loaded)]
         assert sizes == [6, 5, 4, 4, 3]
-        states = {"sgd": {"momentum_buffer"}, "adamw": {"step", "exp_avg", "exp_avg_sq"}}
+        states = {"sgd": {"step", "momentum_buffer"}, "adamw": {"step", "exp_avg", "exp_avg_sq"}}
         state = states[CASES[case][0].partition("=")[2]]
         assert {n.split("|")[1] for n in wanted if n.startswith("classes weight|")} == state
-        assert {n.split("|")[1] for n in wanted if n.startswith("optimizer")} == state
+        # The classes count their steps whatever the rule: stochastic rounding depends on them.
+        own = state - {"step"} if "momentum_buffer" in state else state
+        assert {n.split("|")[1] for n in wanted if n.startswith("optimizer")} == own
         assert wanted["classes weight"].shape == ((C, 3, 6) if case == "centres" else (C, 6))
         assert ("classes norm_mean" in wanted) == (case == "running norms")
         assert_equal(joined([worker[number] for worker in loaded]), wanted)

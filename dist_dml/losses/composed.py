@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dist_dml.losses.margins import Margin
-from dist_dml.losses.softmax import RowLoss, TileTarget
+from dist_dml.losses.softmax import RowLoss, RowRule, SoftmaxForm, TileTarget, softmax_form
 
 
 @runtime_checkable
@@ -120,9 +120,35 @@ class ComposedLoss:
         return self.base.buffers + (0.0 if self.pooling is None else self.pooling.buffers)
 
     @property
+    def _own_numbers(self) -> int:
+        """The label's logit without margin if there is one, and its weight if there are any."""
+        return (self.margin is not None) + (self.class_weight is not None)
+
+    @property
     def row_numbers(self) -> int:
-        """Two more: the label's logit without margin, and its weight."""
-        return self.base.row_numbers + 2
+        """Its own and the base's."""
+        return self.base.row_numbers + self._own_numbers
+
+    @property
+    def has_softmax_form(self) -> bool:
+        """Margins change the label's logit alone, priors shift, weights multiply rows."""
+        return self.pooling is None and softmax_form(self.base) is not None
+
+    @property
+    def needs_gap(self) -> bool:
+        """As the base."""
+        return self._form.needs_gap
+
+    @property
+    def logit_shift(self) -> Float[Tensor, " c"] | None:
+        """The prior."""
+        return self.log_prior
+
+    @property
+    def _form(self) -> SoftmaxForm:
+        form = softmax_form(self.base)
+        assert form is not None
+        return form
 
     @property
     def refined(self) -> bool:
@@ -153,40 +179,83 @@ class ComposedLoss:
     ) -> Float[Tensor, "k R"]:
         """The label's logit without margin, the row's weight, then the base's."""
         logits, label, _ = self._classes_(logits_, target)
-        weight = torch.zeros_like(label)
+        return self._joined(label, target, self.base.tile_statistics(logits, target))
+
+    def _joined(self, label: Tensor, target: TileTarget, of_base: Tensor) -> Tensor:
+        own = [] if self.margin is None else [label]
         if self.class_weight is not None:
             weights = self.class_weight[target.local][target.column]
-            weight = torch.where(target.present, weights, weight)
-        own = torch.stack((label, weight))
-        return torch.cat((own, self.base.tile_statistics(logits, target)))
+            own.append(torch.where(target.present, weights, 0.0))
+        return torch.cat((torch.stack(own), of_base)) if own else of_base
+
+    def statistics_of_sums(
+        self,
+        label: Float[Tensor, " R"],
+        rival: Float[Tensor, " R"],
+        mass: Float[Tensor, " R"],
+        gap: Float[Tensor, " R"],
+        target: TileTarget,
+        num_classes: int,
+    ) -> Float[Tensor, "k R"]:
+        """See `SoftmaxForm`: the others' sums know no margin."""
+        moved, _ = self._with_margin(label, target)
+        of_base = self._form.statistics_of_sums(moved, rival, mass, gap, target, num_classes)
+        return self._joined(label, target, of_base)
+
+    def _with_margin(self, label: Tensor, target: TileTarget) -> tuple[Tensor, Tensor]:
+        """The label's logit with its margin, -inf elsewhere, and the margin's derivative."""
+        if self.margin is None:
+            return label, torch.ones_like(label)
+        bare = torch.where(target.present, label, 0.0) / self.scale
+        cosine, derivative = self.margin.apply(bare, target)
+        return torch.where(target.present, cosine * self.scale, label), derivative
 
     def merge(self, parts: Float[Tensor, "n k R"]) -> Float[Tensor, "k R"]:
         """Maximum; sum (all owners but one say 0); the base's rule."""
-        label, weight = parts[:, :1].amax(0), parts[:, 1:2].sum(0)
-        return torch.cat((label, weight, self.base.merge(parts[:, 2:])))
+        merged = [] if self.margin is None else [parts[:, :1].amax(0)]
+        own = self._own_numbers
+        if self.class_weight is not None:
+            merged.append(parts[:, own - 1 : own].sum(0))
+        return torch.cat((*merged, self.base.merge(parts[:, own:])))
 
     def tile_refinement(
         self, logits_: Float[Tensor, "R tK"], target: TileTarget, statistics: Float[Tensor, "k R"]
     ) -> Float[Tensor, "m R"]:
         """The base's."""
         logits, _, _ = self._classes_(logits_, target)
-        return self.base.tile_refinement(logits, target, statistics[2:])
+        return self.base.tile_refinement(logits, target, statistics[self._own_numbers :])
 
     def values(self, statistics: Float[Tensor, "k R"]) -> Float[Tensor, " R"]:
         """The base's, weighted."""
-        values = self.base.values(statistics[2:])
-        return values if self.class_weight is None else values * statistics[1]
+        values = self.base.values(statistics[self._own_numbers :])
+        return values if self.class_weight is None else values * self._weight(statistics)
+
+    def _weight(self, statistics: Tensor) -> Tensor:
+        """Of each row."""
+        if self.class_weight is None:
+            return torch.ones_like(statistics[0])
+        return statistics[self._own_numbers - 1]
 
     def label_and_rival(self, statistics: Float[Tensor, "k R"]) -> Float[Tensor, "2 R"]:
         """Label without margin; largest other logit."""
-        rival = self.base.label_and_rival(statistics[2:])[1]
-        return torch.stack((statistics[0], rival))
+        label, rival = self.base.label_and_rival(statistics[self._own_numbers :])
+        return torch.stack((label if self.margin is None else statistics[0], rival))
 
     def gradient_terms(self, statistics: Float[Tensor, "k R"]) -> Float[Tensor, "g R"]:
         """The row's weight, then the base's."""
-        terms = self.base.gradient_terms(statistics[2:])
-        weight = statistics[1:2] if self.class_weight is not None else torch.ones_like(terms[:1])
-        return torch.cat((weight, terms))
+        terms = self.base.gradient_terms(statistics[self._own_numbers :])
+        return torch.cat((self._weight(statistics)[None], terms))
+
+    def row_rule(
+        self, statistics: Float[Tensor, "k R"], target: TileTarget, upstream: Float[Tensor, " R"]
+    ) -> RowRule:
+        """The base's, weighted, with the margin's derivative at the label."""
+        of_base = statistics[self._own_numbers :]
+        rule = self._form.row_rule(of_base, target, upstream * self._weight(statistics))
+        if self.margin is None:
+            return rule
+        _, derivative = self._with_margin(statistics[0], target)
+        return rule._replace(label=rule.label * derivative)
 
     def gradient_(
         self,

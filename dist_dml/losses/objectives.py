@@ -136,6 +136,7 @@ def _margin(config: LossConfig, counts: Tensor, own: slice, dtype: torch.dtype) 
         "combined_margin": lambda: AngularMargin(
             float(config.setting("angle_multiplier")), of("angle_margin"), of("cosine_margin")
         ),
+        "adaface": AngularMargin,  # Neutral: that of each batch takes its place.
         "dynamic_arcface": lambda: ClassMargin(
             dynamic_angles(counts[own], *config.dynamic_margin).to(dtype)
         ),

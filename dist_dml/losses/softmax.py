@@ -18,7 +18,7 @@ Dimensions: R rows, C classes of all workers, t classes of a tile, K centres of 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -32,13 +32,14 @@ class TileTarget:
     `column` (R,) is the label's column, 0 where the label is elsewhere; `present` (R,) tells which.
     Both keep the shape fixed, so that nothing waits for the device to count rows. `first_id` is the
     id of the tile's first class, `local` the tile's place in a vector over this worker's classes.
-    A negative label is in no tile: its row is `absent` from losses that couple rows.
+    A negative label is in no tile: its row is `absent` from losses that couple rows. Where only
+    some classes take part, `local` holds their places.
     """
 
     column: Int[Tensor, " R"]
     present: Bool[Tensor, " R"]
     first_id: int
-    local: slice
+    local: slice | Int[Tensor, " t"]
     absent: Bool[Tensor, " R"] | None = None
 
     @staticmethod
@@ -125,11 +126,91 @@ class RowLoss(Protocol):
         ...
 
 
+class RowRule(NamedTuple):
+    """The gradient of a loss of softmax form: for j other than the label
+
+    dL_i/ds_ij = factor_i * exp(s_ij - normaliser_i) - offset_i, and `label_i` for the label. What
+    `label` says counts on the owner of the label only.
+    """
+
+    normaliser: Float[Tensor, " R"]
+    factor: Float[Tensor, " R"]
+    offset: Float[Tensor, " R"]
+    label: Float[Tensor, " R"]
+
+
+@runtime_checkable
+class SoftmaxForm(RowLoss, Protocol):
+    """A row loss to which the other classes matter by their largest logit, the sum of their
+    exponentials and the sum of their logits alone.
+
+    Its tile work is one exponential a logit, which kernels do beside the matrix product
+    (`parallel.class_sweeps`); everything else is done once a row. `softmax_form` finds out.
+    """
+
+    @property
+    def has_softmax_form(self) -> bool:
+        """Whether this very loss, with its parts, is of the form."""
+        ...
+
+    @property
+    def needs_gap(self) -> bool:
+        """Whether the sum of logits matters."""
+        ...
+
+    @property
+    def logit_shift(self) -> Float[Tensor, " c"] | None:
+        """What is added to the logits of this worker's classes before anything else."""
+        ...
+
+    def statistics_of_sums(
+        self,
+        label: Float[Tensor, " R"],
+        rival: Float[Tensor, " R"],
+        mass: Float[Tensor, " R"],
+        gap: Float[Tensor, " R"],
+        target: TileTarget,
+        num_classes: int,
+    ) -> Float[Tensor, "k R"]:
+        """As `tile_statistics`, from the sums over a worker's classes.
+
+        Args:
+            label: the label's shifted logit, -inf where the label is elsewhere.
+            rival: largest other logit.
+            mass: sum of exp(s - rival) over the other classes.
+            gap: sum of (rival - s) over the other classes, if needed.
+            target: of all of this worker's classes.
+            num_classes: classes that took part.
+        """
+        ...
+
+    def row_rule(
+        self, statistics: Float[Tensor, "k R"], target: TileTarget, upstream: Float[Tensor, " R"]
+    ) -> RowRule:
+        """As `gradient_terms` and `gradient_`, for all tiles of a worker at once."""
+        ...
+
+
+def softmax_form(loss: Any) -> SoftmaxForm | None:
+    """The loss, if it is of softmax form."""
+    return loss if getattr(loss, "has_softmax_form", False) else None
+
+
+def statistics_of_no_class(
+    form: SoftmaxForm, labels: Int[Tensor, " R"], dtype: torch.dtype
+) -> Float[Tensor, "k R"]:
+    """What a worker says of which no class takes part: the neutral element of `merge`."""
+    zero = torch.zeros(len(labels), dtype=dtype, device=labels.device)
+    rival = zero + torch.finfo(dtype).min / 4
+    target = TileTarget.of(torch.full_like(labels, -1), 0, 1)
+    return form.statistics_of_sums(zero - torch.inf, rival, zero, zero, target, 0)
+
+
 # Rows of the cross-entropy's statistics. `_TARGET` is the label's logit (-inf where the label is
 # elsewhere), `_RIVAL` the largest other logit, `_MASS` the sum of exp(s - rival) over the other
 # classes: with the label's own share in it, 1 - p_y would lose its digits where p_y is near 1. For
-# label smoothing, `_GAP` is the others' sum of (rival - s) and `_COUNT` their number: a plain sum
-# of logits would cancel against (C - 1) * rival and lose all digits at many classes.
+# label smoothing only, `_GAP` is the others' sum of (rival - s) and `_COUNT` their number: a plain
+# sum of logits would cancel against (C - 1) * rival and lose all digits at many classes.
 _TARGET, _RIVAL, _MASS, _GAP, _COUNT = range(5)
 
 
@@ -155,8 +236,19 @@ class CrossEntropy:
 
     centres = 1
     buffers = 0.0
-    row_numbers = 5
     refined = False
+    has_softmax_form = True
+    logit_shift = None
+
+    @property
+    def needs_gap(self) -> bool:
+        """For smoothing."""
+        return self.label_smoothing > 0
+
+    @property
+    def row_numbers(self) -> int:
+        """Three, and two more for smoothing."""
+        return 5 if self.needs_gap else 3
 
     @property
     def _shares(self) -> tuple[float, float]:
@@ -169,20 +261,33 @@ class CrossEntropy:
     def tile_statistics(
         self, logits_: Float[Tensor, "R t"], target: TileTarget
     ) -> Float[Tensor, "k R"]:
-        """Five numbers a row; see `RowLoss`. Three passes over the tile, one exponential a
-        logit."""
+        """See `RowLoss`. Three passes over the tile, one exponential a logit."""
         label = target.read(logits_)
         target.write_(logits_, float("-inf"))
         # In a tile of nothing but the label a number, which keeps the merges' differences finite.
         rival = logits_.amax(1).clamp_min(torch.finfo(label.dtype).min / 4)
         logits_.sub_(rival[:, None])
         gap = torch.zeros_like(rival)
-        if self.label_smoothing > 0:  # One more pass, for smoothing alone.
+        if self.needs_gap:  # One more pass, for smoothing alone.
             target.write_(logits_, 0.0)
             gap = -logits_.sum(1)
             target.write_(logits_, float("-inf"))
         mass = logits_.exp_().sum(1)
-        count = logits_.shape[1] - target.present.to(rival.dtype)
+        return self.statistics_of_sums(label, rival, mass, gap, target, logits_.shape[1])
+
+    def statistics_of_sums(
+        self,
+        label: Float[Tensor, " R"],
+        rival: Float[Tensor, " R"],
+        mass: Float[Tensor, " R"],
+        gap: Float[Tensor, " R"],
+        target: TileTarget,
+        num_classes: int,
+    ) -> Float[Tensor, "k R"]:
+        """See `SoftmaxForm`."""
+        if not self.needs_gap:
+            return torch.stack((label, rival, mass))
+        count = num_classes - target.present.to(rival.dtype)
         return torch.stack((label, rival, mass, gap, count))
 
     def merge(self, parts: Float[Tensor, "n k R"]) -> Float[Tensor, "k R"]:
@@ -190,6 +295,8 @@ class CrossEntropy:
         largest = parts[:, : _RIVAL + 1].amax(0)
         drop = largest[_RIVAL] - parts[:, _RIVAL]
         mass = (parts[:, _MASS] * torch.exp(-drop)).sum(0)
+        if not self.needs_gap:
+            return torch.stack((*largest, mass))
         gap = (parts[:, _GAP] + parts[:, _COUNT] * drop).sum(0)
         return torch.stack((*largest, mass, gap, parts[:, _COUNT].sum(0)))
 
@@ -227,6 +334,16 @@ class CrossEntropy:
         of_label, _ = self._shares
         label_gradient = (1 - of_label) - torch.sigmoid(rival - target + log_mass)
         return torch.stack((normaliser, lost.exp(), label_gradient))
+
+    def row_rule(
+        self, statistics: Float[Tensor, "k R"], target: TileTarget, upstream: Float[Tensor, " R"]
+    ) -> RowRule:
+        """(softmax - smoothed label) times upstream."""
+        normaliser, factor, label_gradient = self.gradient_terms(statistics)
+        _, of_other = self._shares
+        return RowRule(
+            normaliser, factor * upstream, of_other * upstream, label_gradient * upstream
+        )
 
     def gradient_(
         self,

@@ -19,12 +19,9 @@ from dist_dml.losses.largest import largest_entries
 from dist_dml.losses.metric_softmax import MetricSoftmax
 from dist_dml.losses.softmax import CrossEntropy, RowLoss
 from dist_dml.metric_parameters import MetricParameters
-from dist_dml.parallel.class_parallel import (
-    ClassParallelProblem,
-    row_statistics,
-    tiles_of,
-)
+from dist_dml.parallel.class_problem import ClassParallelProblem
 from dist_dml.parallel.collectives import gather_equal, gather_uneven
+from dist_dml.parallel.torch_sweeps import row_statistics, tiles_of
 
 # Rows that a sweep takes at a time.
 _ROWS = 1024
@@ -67,7 +64,7 @@ def label_distances(
     problem = replace(problem, loss=plain_loss(problem, MetricSoftmax(parameters)))
     values, correct = [rows.new_empty(0)], [labels.new_empty(0, dtype=torch.bool)]
     for block, sized in _row_blocks(rows, problem):
-        statistics = row_statistics(rows[block], labels[block], sized)
+        statistics, _ = row_statistics(rows[block], labels[block], sized)
         assert isinstance(sized.loss, RowLoss)
         label, rival = sized.loss.label_and_rival(statistics)
         values.append(sized.loss.values(statistics))
@@ -120,7 +117,7 @@ def top_log_probabilities(
         # The cross-entropy of the top class is -log of its probability, to the last digit: it is
         # made of the others' sum. A normaliser minus a logit would round it to 6e-8.
         assert isinstance(sized.loss, RowLoss)
-        of_top = sized.loss.values(row_statistics(rows[block], best_ids[:, 0], sized))
+        of_top = sized.loss.values(row_statistics(rows[block], best_ids[:, 0], sized)[0])
         values.append(best - best[:, :1] - of_top[:, None])
         ids.append(best_ids)
     return torch.cat(values), torch.cat(ids)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from dist_dml.class_config import ClassesConfig
 from dist_dml.config import OptimizerConfig
 from dist_dml.errors import UsageError
 from dist_dml.keyed_random import key_of, keyed_normal, row_keys
@@ -19,23 +20,26 @@ from dist_dml.losses.margins import adaptive_margin, running_norms
 from dist_dml.losses.objectives import build_objective
 from dist_dml.losses.proxies import ColumnLoss
 from dist_dml.losses.softmax import RowLoss
-from dist_dml.parallel.class_optim import (
-    build_class_optimizer,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    set_learning_rate,
-)
-from dist_dml.parallel.class_parallel import (
-    ClassParallelProblem,
-    class_parallel_loss,
-    demand_of,
-)
+from dist_dml.parallel.backends import choose_backend, choose_plan
+from dist_dml.parallel.class_optim import ClassOptimizer, weight_dtype
+from dist_dml.parallel.class_parallel import class_parallel_loss
 from dist_dml.parallel.class_partition import ClassPartition
-from dist_dml.parallel.collectives import gather_rows, gather_uneven, scale_gradient
-from dist_dml.parallel.sweep_torch import ClassShard, tile_classes_within
+from dist_dml.parallel.class_problem import ClassParallelProblem, StepMemory
+from dist_dml.parallel.class_sweeps import GradientTarget
+from dist_dml.parallel.collectives import PendingGather, gather_uneven, scale_gradient
+from dist_dml.parallel.cost import SweepPlan
+from dist_dml.parallel.sampling import (
+    ActiveClasses,
+    check_sampling,
+    neighbour_classes,
+    random_classes,
+)
+from dist_dml.parallel.sweep_torch import ClassShard
+from dist_dml.retrieval.class_index import ClassIndex, ExactClassIndex, build_class_index
 
 # Class weights are drawn this many rows at a time, to bound the temporaries of the generator.
 _INIT_ROWS = 65_536
+_DEFAULT_CLASSES = ClassesConfig()
 
 
 class ObjectiveOutput(NamedTuple):
@@ -54,20 +58,26 @@ class ClassParallelClassifier(nn.Module):
     Class weights never enter DDP or DeepSpeed: their gradient is complete on their owner. `weight`
     is (c, D), or (c, K, D) for losses with K centres a class.
 
+    Two ways to train: `factor` given, the last backward of a batch updates the weights in place,
+    tile by tile, and no gradient of their size exists. Without it, gradients are left in
+    `weight.grad`, and `step` uses them.
+
     Args:
         embedding_dim: D.
         partition: this worker's classes.
         loss_config: which loss; see docs/losses.md.
         optimizer_config: of the class weights.
-        seed: of the starting weights.
+        seed: of the starting weights, of sampling and stochastic rounding.
         max_rows: most rows of a (micro-)batch over all workers, for the check of the budget.
         device: where the weights live.
         dtype: of weights and sums: float32 or float64.
         class_counts: training images of each of the C classes, for losses that follow them.
+        classes: backend, sweep, update and classes that take part.
+        micro_batches: of a batch.
 
     Raises:
-        UsageError: if `loss.tile_mebibytes` cannot hold a tile for `max_rows` rows, or the loss
-            needs what is missing.
+        UsageError: if `loss.tile_mebibytes` cannot hold a tile for `max_rows` rows, a backend
+            cannot be had, or the loss needs what is missing.
     """
 
     def __init__(
@@ -81,23 +91,26 @@ class ClassParallelClassifier(nn.Module):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         class_counts: Int[Tensor, " C"] | None = None,
+        classes: ClassesConfig = _DEFAULT_CLASSES,
+        micro_batches: int = 1,
     ) -> None:
         super().__init__()
-        self.partition = partition
-        self.config = loss_config
+        self.partition, self.config, self.classes = partition, loss_config, classes
+        check_sampling(classes, loss_config)
         own = slice(partition.start, partition.stop)
         with torch.device(device):
             counts = None if class_counts is None else class_counts.to(device)
             self.objective = build_objective(loss_config, partition.num_classes, own, counts, dtype)
+        self._seed, self._rows_dtype = seed, dtype
+        self.backend = choose_backend(
+            classes, loss_config, self.objective.loss, torch.device(device), dtype
+        )
         self.tile_bytes = int(loss_config.tile_mebibytes * 2**20)
         self.tile_dtype = {"float32": None, "bfloat16": torch.bfloat16}[loss_config.tile_dtype]
-        demand = demand_of(
-            self.objective.loss, max_rows, embedding_dim, self.tile_dtype, self.scale is not None
-        )
-        tile_classes_within(self.tile_bytes, demand, dtype.itemsize)
         centres = self.objective.centres
+        kept = dtype if classes.weight_dtype == "float32" else weight_dtype(classes)
         weight = _initial_weight(
-            partition, embedding_dim * centres, loss_config.init_std, seed, dtype
+            partition, embedding_dim * centres, loss_config.init_std, seed, kept
         )
         weight = weight if centres == 1 else weight.unflatten(1, (centres, embedding_dim))
         self.weight = nn.Parameter(weight.to(device))
@@ -107,10 +120,24 @@ class ClassParallelClassifier(nn.Module):
         if self.objective.adaptive:  # AdaFace's code starts from these; a few batches forget them.
             self.register_buffer("norm_mean", torch.tensor(20.0, device=device, dtype=dtype))
             self.register_buffer("norm_deviation", torch.tensor(100.0, device=device, dtype=dtype))
-        self.optimizer = build_class_optimizer(self.weight, self.bias, optimizer_config)
-        self._base_rates = [group["lr"] for group in self.optimizer.param_groups]
-        # Backward sweeps overwrite the gradient in a batch's first micro-batch and add later, so no
-        # pass is spent on zeroing.
+        self.optimizer = ClassOptimizer(
+            self.weight,
+            self.bias,
+            optimizer_config,
+            classes,
+            seed,
+            partition.start * centres,
+        )
+        self.memory = StepMemory()
+        self._held_rows = max_rows * micro_batches
+        self.plan = SweepPlan("recompute", 0, 0, "")
+        self.plan = choose_plan(
+            classes, self.problem(), self.optimizer.rule, max_rows, micro_batches
+        )
+        self.problem().tile_for(max_rows, embedding_dim, dtype.itemsize)
+        self._index: ClassIndex | ExactClassIndex | None = None
+        # Without in-place updates, backward sweeps overwrite the gradient in a batch's first
+        # micro-batch and add later, so no pass is spent on zeroing.
         self._gradient_is_stale = True
 
     @property
@@ -125,6 +152,8 @@ class ClassParallelClassifier(nn.Module):
         row_counts: tuple[int, ...],
         batch_rows: int,
         row_weights: Float[Tensor, " r"] | None = None,
+        factor: float | None = None,
+        last: bool = True,
     ) -> ObjectiveOutput:
         """The loss of the whole (micro-)batch from this worker's rows of it.
 
@@ -134,31 +163,37 @@ class ClassParallelClassifier(nn.Module):
         number of workers, because the engines average over workers afterwards.
 
         Args:
-            embeddings: this worker's rows; cast to the weights' dtype.
+            embeddings: this worker's rows; cast to the dtype of the sums.
             labels: global class ids of those rows.
             row_counts: rows of every worker in this micro-batch.
             batch_rows: rows of the whole batch, all workers and micro-batches.
             row_weights: factor of each row's loss; None weighs all 1.
+            factor: the schedule's factor of the learning rate: the batch's last backward updates
+                this worker's classes in place. None leaves gradients in `weight.grad`.
+            last: whether this is the batch's last micro-batch.
 
         Raises:
             UsageError: if rows of a loss that couples them are weighted or cut into micro-batches.
         """
         group = self.partition.group
-        embeddings = embeddings.to(self.weight.dtype)
+        embeddings = embeddings.to(self._rows_dtype)
+        normalised = embeddings if self.scale is None else F.normalize(embeddings, dim=1)
+        normalised = scale_gradient(normalised, len(row_counts))
+        # The rows travel while labels, margins and the classes that take part are found.
+        travelling = PendingGather(normalised.detach(), row_counts, group)
         all_labels = gather_uneven(labels, row_counts, group)
         counted = all_labels != self.config.ignore_index
         loss = self._loss_for(embeddings, row_counts, counted)
-        if self.scale is not None:
-            embeddings = F.normalize(embeddings, dim=1)
-        embeddings = scale_gradient(embeddings, len(row_counts))
-        rows = gather_rows(embeddings, row_counts, group)
-        weights = counted.to(rows.dtype)
+        weights = counted.to(normalised.dtype)
         if row_weights is not None:
-            weights = weights * gather_uneven(row_weights.to(rows.dtype), row_counts, group)
-        problem = replace(
-            self.problem(with_gradients=True), loss=loss, accumulate=not self._gradient_is_stale
-        )
-        self._gradient_is_stale = False
+            weights = weights * gather_uneven(row_weights.to(weights.dtype), row_counts, group)
+        # A row that is ignored is computed against class 0, which keeps it finite, and weighs 0.
+        active = self._active(all_labels.where(counted, 0))
+        if active is not None:
+            self.memory.active_classes = len(active.ids)
+        problem = replace(self.problem(active), loss=loss)
+        problem = self._with_target(problem, factor, last)
+        rows = travelling.wait()
         if isinstance(loss, ColumnLoss):
             if row_weights is not None or batch_rows != len(rows):
                 raise UsageError(
@@ -166,12 +201,74 @@ class ClassParallelClassifier(nn.Module):
                     "weights, and training.accumulate=1"
                 )
             # No weight takes a row out of a column's sum: a negative label does.
-            values, correct, _ = class_parallel_loss(rows, all_labels.where(counted, -1), problem)
+            values, correct, _ = class_parallel_loss(
+                rows, all_labels.where(counted, -1), problem, normalised, row_counts
+            )
             return ObjectiveOutput(values, correct.sum())
-        # A row that is ignored is computed against class 0, which keeps it finite, and weighs 0.
-        values, correct, spread = class_parallel_loss(rows, all_labels.where(counted, 0), problem)
+        values, correct, spread = class_parallel_loss(
+            rows, all_labels.where(counted, 0), problem, normalised, row_counts
+        )
         total = (values * weights).sum() / batch_rows + spread * (len(rows) / batch_rows)
         return ObjectiveOutput(total, (correct & counted).sum())
+
+    def _with_target(
+        self, problem: ClassParallelProblem, factor: float | None, last: bool
+    ) -> ClassParallelProblem:
+        """The problem with what becomes of the weights' gradient."""
+        active, memory = problem.shard.active, self.memory
+        if factor is not None:
+            if not last:
+                return problem
+            every = torch.ones((), dtype=torch.bool, device=self.weight.device)
+            target = self.optimizer.target(factor, every)
+
+            def done() -> None:
+                self.optimizer.done(memory.bias_gradient, active, factor, memory.finite)
+
+            return replace(problem, target=target, after=done)
+        assert self.weight.dtype == self._rows_dtype, "bfloat16 weights are updated in place"
+        assert active is None, "sampled classes are updated in place"
+        for parameter in (self.weight, self.bias):
+            if parameter is not None and parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter)
+        assert self.weight.grad is not None
+        accumulate = not self._gradient_is_stale
+        self._gradient_is_stale = False
+
+        def keep_bias() -> None:
+            if self.bias is None or self.bias.grad is None or memory.bias_gradient is None:
+                return
+            if accumulate:
+                self.bias.grad.add_(memory.bias_gradient)
+            else:
+                self.bias.grad.copy_(memory.bias_gradient)
+
+        gradient = self.weight.grad.view(-1, self.weight.shape[-1])
+        return replace(problem, target=GradientTarget(gradient, accumulate), after=keep_bias)
+
+    def _active(self, labels: Int[Tensor, " R"]) -> ActiveClasses | None:
+        """The classes that take part in this step, None for all."""
+        kind, step = self.classes.sample, self.optimizer.num_steps
+        if kind == "all":
+            return None
+        if kind == "random":
+            return random_classes(
+                labels,
+                self.partition,
+                self.classes.sample_rate,
+                self.classes.sample_correction,
+                self._seed,
+                step,
+                self.weight.device,
+            )
+        weight = self.weight.detach()
+        if self._index is None:
+            cosine = self.scale is not None
+            self._index = build_class_index(weight, cosine, self.classes.rebuild_steps, step)
+        self._index.advance(step, weight)
+        return neighbour_classes(
+            labels, weight, self._index.search, self.partition, self.classes.num_neighbours
+        )
 
     def _loss_for(
         self, embeddings: Tensor, row_counts: tuple[int, ...], counted: Tensor
@@ -196,45 +293,75 @@ class ClassParallelClassifier(nn.Module):
         )
         return replace(loss, margin=margin)
 
-    def problem(self, with_gradients: bool) -> ClassParallelProblem:
-        """This worker's part of the objective, for sweeps."""
-        if with_gradients:
-            for parameter in (self.weight, self.bias):
-                if parameter is not None and parameter.grad is None:
-                    parameter.grad = torch.empty_like(parameter)
-        width = self.weight.shape[-1]
-        gradient = self.weight.grad if with_gradients else None
+    def problem(self, active: ActiveClasses | None = None) -> ClassParallelProblem:
+        """This worker's part of the objective, for sweeps.
+
+        Args:
+            active: the classes that take part; None for all.
+        """
         shard = ClassShard(
-            self.weight.detach().view(-1, width),
-            None if gradient is None else gradient.view(-1, width),
+            self.weight.detach().view(-1, self.weight.shape[-1]),
             None if self.bias is None else self.bias.detach(),
-            None if self.bias is None or not with_gradients else self.bias.grad,
             self.scale,
             self.objective.centres,
             self.tile_dtype,
+            None if active is None else active.ids,
+            None if active is None else active.correction,
         )
         return ClassParallelProblem(
             self.objective.loss,
             self.partition,
             shard,
             self.tile_bytes,
+            memory=self.memory,
             spread=self.objective.spread,
+            backend=self.backend,
+            sweep=self.plan.sweep,
+            tile_classes=self.plan.tile_classes,
+            row_chunk=self.plan.row_chunk,
+            filter_below=self.classes.filter_below,
+            held_rows=self._held_rows,
+            update_numbers=self.optimizer.update_numbers,
         )
 
     def rows_for_scores(self, embeddings: Float[Tensor, "n D"]) -> Float[Tensor, "n D"]:
         """Embeddings as `parallel.class_scores` takes them."""
-        rows = embeddings.to(self.weight.device, self.weight.dtype)
+        rows = embeddings.to(self.weight.device, self._rows_dtype)
         return rows if self.scale is None else F.normalize(rows, dim=1)
 
     def step(self, factor: float) -> None:
-        """Update this worker's classes with the gradient of the whole batch.
+        """Update this worker's classes with the gradients in `weight.grad`, which it overwrites.
+
+        For batches that were computed without a factor.
 
         Args:
             factor: the schedule's factor of the learning rate.
         """
-        set_learning_rate(self.optimizer, self._base_rates, factor)
-        self.optimizer.step()
+        assert self.weight.grad is not None
+        self.optimizer.step_from(
+            self.weight.grad, None if self.bias is None else self.bias.grad, factor
+        )
         self._gradient_is_stale = True
+
+    def report(self) -> dict[str, float]:
+        """What the last step left out, of this worker's classes: `class/active_share`,
+        `class/index_wait_seconds`, `class/filtered_share`, `class/filtered_mass`; nothing where all
+        take part. Waits for the device.
+        """
+        found, size = {}, self.partition.size
+        if self.classes.sample != "all":
+            found["class/active_share"] = self.memory.active_classes / size
+        if self._index is not None:
+            found["class/index_wait_seconds"] = self._index.waited_seconds
+        if self.classes.filter_below > 0:
+            found["class/filtered_share"] = float(self.memory.filtered_classes) / size
+            found["class/filtered_mass"] = float(self.memory.filtered_mass)
+        return found
+
+    def close(self) -> None:
+        """End the thread that rebuilds an index of class weights, if there is one."""
+        if self._index is not None:
+            self._index.close()
 
     def shard_tensors(self) -> dict[str, Tensor]:
         """Weights and optimizer state by name; entries of dimension 0 of size c are rows of
@@ -242,19 +369,14 @@ class ClassParallelClassifier(nn.Module):
         """
         tensors = {name: parameter.detach() for name, parameter in self.named_parameters()}
         tensors |= dict(self.named_buffers())
-        return tensors | optimizer_tensors(self.optimizer, self._parameter_names())
+        return tensors | self.optimizer.tensors()
 
     def load_shard_tensors(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `shard_tensors`, for the same partition."""
-        names = self._parameter_names()
         with torch.no_grad():
             for name, own in (*self.named_parameters(), *self.named_buffers()):
                 own.copy_(tensors[name])
-        state = {name: value for name, value in tensors.items() if "|" in name}
-        load_optimizer_tensors(self.optimizer, names, state)
-
-    def _parameter_names(self) -> dict[Tensor, str]:
-        return {parameter: name for name, parameter in self.named_parameters()}
+        self.optimizer.load_tensors({name: value for name, value in tensors.items() if "|" in name})
 
 
 def _initial_weight(

@@ -5,6 +5,7 @@ Dimensions: r rows of this worker, R of all workers in worker order, D features,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,73 +15,92 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 
-def gather_rows(
-    rows: Float[Tensor, "r D"], row_counts: tuple[int, ...], group: ProcessGroup | None
-) -> Float[Tensor, "R D"]:
-    """All workers' rows in worker order, differentiable.
+class PendingGather:
+    """All workers' rows in worker order, on their way while something else is computed.
 
-    Equal to `torch.cat` of every worker's `rows`. The gradient of this worker's rows is the sum
-    over all workers of their gradients of these rows (a reduce-scatter): exact for a loss that
-    every worker computes a part of. Costs one all-gather forward and one reduce-scatter backward of
-    the rows, padded to the largest count.
+    Costs one all-gather of the rows, padded to the largest count. No gradient: that of this
+    worker's rows is what `PendingReduction` brings back.
 
     Args:
-        rows: this worker's rows; `row_counts[rank]` of them.
+        rows: this worker's rows; `row_counts[rank]` of them. Any dtype and number of dimensions.
         row_counts: rows of every worker, known from the plan, so that no worker has to ask.
         group: the workers, or None for one process.
     """
-    if group is None or group.size() == 1:
-        return rows
-    return _GatherRows.apply(rows, row_counts, group)
 
+    def __init__(
+        self,
+        rows: Shaped[Tensor, "r *rest"],
+        row_counts: tuple[int, ...],
+        group: ProcessGroup | None,
+    ) -> None:
+        self._gathered, self._work, self._row_counts = rows, None, row_counts
+        if group is None or group.size() == 1:
+            return
+        largest = max(row_counts)
+        # Kept until `wait`: the transfer reads it.
+        self._padded = rows.contiguous()
+        if len(rows) < largest:
+            self._padded = rows.new_zeros(largest, *rows.shape[1:])
+            self._padded[: len(rows)] = rows
+        self._gathered = rows.new_empty(len(row_counts) * largest, *rows.shape[1:])
+        self._work = dist.all_gather_single(
+            self._gathered, self._padded, group=group, async_op=True
+        )
 
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, row_counts: tuple[int, ...], group: ProcessGroup) -> Tensor:
-        ctx.row_counts, ctx.group = row_counts, group
-        return gather_uneven(rows, row_counts, group)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = gradients
-        return reduce_scatter_uneven(gradient, ctx.row_counts, ctx.group), None, None
+    def wait(self) -> Shaped[Tensor, "R *rest"]:
+        """The rows, once they are all there."""
+        if self._work is None:
+            return self._gathered
+        self._work.wait()
+        if min(self._row_counts) == max(self._row_counts):
+            return self._gathered
+        parts = self._gathered.unflatten(0, (len(self._row_counts), -1))
+        return torch.cat(
+            [part[:count] for part, count in zip(parts, self._row_counts, strict=True)]
+        )
 
 
 def gather_uneven(
     rows: Shaped[Tensor, "r *rest"], row_counts: tuple[int, ...], group: ProcessGroup | None
 ) -> Shaped[Tensor, "R *rest"]:
-    """`gather_rows` without a gradient, for any dtype and number of dimensions."""
-    if group is None or group.size() == 1:
-        return rows
-    largest = max(row_counts)
-    padded = rows.contiguous()
-    if len(rows) < largest:
-        padded = rows.new_zeros(largest, *rows.shape[1:])
-        padded[: len(rows)] = rows
-    gathered = rows.new_empty(len(row_counts) * largest, *rows.shape[1:])
-    dist.all_gather_single(gathered, padded, group=group)
-    if min(row_counts) == largest:
-        return gathered
-    parts = gathered.view(len(row_counts), largest, *rows.shape[1:])
-    return torch.cat([part[:count] for part, count in zip(parts, row_counts, strict=True)])
+    """All workers' rows in worker order; no gradient. See `PendingGather`."""
+    return PendingGather(rows, row_counts, group).wait()
 
 
-def reduce_scatter_uneven(
-    rows: Float[Tensor, "R D"], row_counts: tuple[int, ...], group: ProcessGroup
-) -> Float[Tensor, "r D"]:
-    """This worker's rows of the sum over workers of `rows`."""
-    rank, largest = group.rank(), max(row_counts)
-    if min(row_counts) == largest:
-        padded = rows.contiguous()
-    else:
-        padded = rows.new_zeros(len(row_counts) * largest, *rows.shape[1:])
-        start = 0
-        for worker, count in enumerate(row_counts):
-            padded[worker * largest : worker * largest + count] = rows[start : start + count]
-            start += count
-    own = rows.new_empty(largest, *rows.shape[1:])
-    dist.reduce_scatter_single(own, padded, group=group)
-    return own[: row_counts[rank]]
+class PendingReduction:
+    """This worker's rows of the sum over workers, on its way while something else is computed.
+
+    The adjoint of `PendingGather`: exact for a loss that every worker computes a part of. Costs one
+    reduce-scatter of the rows, padded to the largest count.
+
+    Args:
+        rows: (R, D) this worker's part of the sum.
+        row_counts: rows of every worker.
+        group: the workers.
+    """
+
+    def __init__(
+        self, rows: Float[Tensor, "R D"], row_counts: tuple[int, ...], group: ProcessGroup
+    ) -> None:
+        rank, largest = group.rank(), max(row_counts)
+        self._padded = rows.contiguous()
+        if min(row_counts) < largest:
+            self._padded = rows.new_zeros(len(row_counts) * largest, *rows.shape[1:])
+            start = 0
+            for worker, count in enumerate(row_counts):
+                first = worker * largest
+                self._padded[first : first + count] = rows[start : start + count]
+                start += count
+        own = rows.new_empty(largest, *rows.shape[1:])
+        work = dist.reduce_scatter_single(own, self._padded, group=group, async_op=True)
+        assert work is not None
+        self._work = work
+        self._own = own[: row_counts[rank]]
+
+    def wait(self) -> Float[Tensor, "r D"]:
+        """The rows, once they are all added up."""
+        self._work.wait()
+        return self._own
 
 
 def gather_equal(
@@ -92,6 +112,39 @@ def gather_equal(
     stacked = values.new_empty(group.size(), *values.shape)
     dist.all_gather_single(stacked, values.contiguous()[None], group=group)
     return stacked
+
+
+def merge_over_workers(
+    values: Float[Tensor, "k R"],
+    merge: Callable[[Float[Tensor, "W k r"]], Float[Tensor, "k r"]],
+    group: ProcessGroup | None,
+) -> Float[Tensor, "k R"]:
+    """`merge` of all workers' numbers of each row, the same bits on every worker; no gradient.
+
+    Not an all-reduce: any rule can be given, and numbers are merged in worker order. Each worker
+    merges its share of the rows for all (an all-to-all), and gathers what the others merged:
+    2 (W - 1) / W * k R numbers received, the least that any agreement takes. Two workers simply
+    exchange what they have, which is as many in one message.
+
+    Args:
+        values: of this worker.
+        merge: from n workers' numbers to those of their union, row by row.
+        group: the workers, or None for one process.
+    """
+    if group is None or group.size() == 1:
+        return values
+    workers, (numbers, rows) = group.size(), values.shape
+    if workers == 2:
+        return merge(gather_equal(values, group))
+    share = -(-rows // workers)
+    padded = values.new_zeros(workers, numbers, share)
+    for worker in range(workers):
+        part = values[:, worker * share : (worker + 1) * share]
+        padded[worker, :, : part.shape[1]] = part
+    received = torch.empty_like(padded)
+    dist.all_to_all_single(received, padded, group=group)
+    merged = gather_equal(merge(received), group)
+    return merged.transpose(0, 1).flatten(1)[:, :rows].contiguous()
 
 
 def gather_objects(value: Any, group: ProcessGroup | None) -> list[Any]:

@@ -1,15 +1,17 @@
-"""Reference backend of a sweep: one tile of logits, and its contribution to the gradients.
+"""Torch operations on one tile of classes: its logits and its contribution to the gradients.
 
-Two similarities between a row `z` and a class weight `w_j`, told apart by `scale`:
+The backend of every loss, dtype and device, and the reference of the kernels. Two similarities
+between a row `z` and a class weight `w_j`, told apart by `scale`:
 
 - linear, `scale=None`: s_j = z . w_j + b_j;
 - cosine: s_j = scale * z . w_j / |w_j| for rows of unit length. The division is a factor of the
   column, so no normalised copy of the weights exists.
 
-A class may have K centres, whose rows of weights follow each other: class, then centre.
+A class may have K centres, whose rows of weights follow each other: class, then centre. Buffers are
+made once a sweep (`TileSpace`), none a tile.
 
-Dimensions: R rows of all workers, c classes of this worker, t classes of a tile, K centres of a
-class, D features.
+Dimensions: R rows of all workers, r rows of a chunk, c classes of this worker, n of them that take
+part, t classes of a tile, K centres of a class, D features.
 """
 
 from __future__ import annotations
@@ -18,40 +20,52 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dist_dml.errors import UsageError
+from dist_dml.parallel.class_sweeps import SMALLEST_NORM
 
-# Below this norm a class weight has no direction; dividing by the floor keeps everything finite.
-_SMALLEST_NORM = 1e-12
 # Fewer classes a tile than this make the matrix products too thin to be worth running.
 _FEWEST_TILE_CLASSES = 16
 
 
 @dataclass(frozen=True)
 class ClassShard:
-    """One worker's class weights, with their gradients, which backward sweeps write in place.
+    """One worker's class weights.
 
     Attributes:
-        weight: (c * K, D), `weight_gradient` of the same shape.
-        bias: (c,) or None, with `bias_gradient`.
+        weight: (c * K, D); bfloat16 weights are widened tile by tile.
+        bias: (c,) or None.
         scale: factor of cosines, or None for inner products.
         centres: K; with a bias it is 1.
-        tile_dtype: dtype of the operands of the matrix products, if not the weights'. Products are
-            accumulated in float32; everything else is in the weights' dtype.
+        tile_dtype: dtype of the operands of the matrix products, if not the rows'. Products are
+            accumulated in float32; everything else is in the rows' dtype.
+        active: (n,) local ids of the classes that take part, ascending, for K = 1; None: all c.
+        correction: (n,) added to the logits of those, or None.
     """
 
     weight: Float[Tensor, "cK D"]
-    weight_gradient: Float[Tensor, "cK D"] | None
     bias: Float[Tensor, " c"] | None = None
-    bias_gradient: Float[Tensor, " c"] | None = None
     scale: float | None = None
     centres: int = 1
     tile_dtype: torch.dtype | None = None
+    active: Int[Tensor, " n"] | None = None
+    correction: Float[Tensor, " n"] | None = None
 
-    def rows(self, start: int, stop: int) -> slice:
-        """The rows of weights of local classes `start..stop-1`."""
+    @property
+    def num_classes(self) -> int:
+        """n."""
+        return len(self.weight) // self.centres if self.active is None else len(self.active)
+
+    def classes(self, start: int, stop: int) -> slice | Int[Tensor, " t"]:
+        """Local ids of the classes `start..stop-1` of those that take part."""
+        return slice(start, stop) if self.active is None else self.active[start:stop]
+
+    def rows(self, start: int, stop: int) -> slice | Int[Tensor, " t"]:
+        """Their rows of weights."""
+        if self.active is not None:
+            return self.active[start:stop]
         return slice(start * self.centres, stop * self.centres)
 
 
@@ -63,43 +77,45 @@ def tile_bounds(num_classes: int, tile_classes: int) -> Iterator[tuple[int, int]
 
 @dataclass(frozen=True)
 class TileDemand:
-    """What a sweep holds besides weights, gradients and state, in numbers of the rows' dtype.
+    """What a sweep holds besides weights and state, in numbers of the rows' dtype.
 
     Attributes:
-        num_rows: R.
+        num_rows: R, of all micro-batches that are held.
+        chunk_rows: r, rows that a tile takes at a time.
         num_features: D.
         centres: K.
-        buffers: buffers of R x t numbers beside the logits, while the loss works on a tile.
+        buffers: buffers of r x t numbers beside the logits, while the loss works on a tile.
         row_numbers: statistics of a row; merging holds several copies.
-        cosine: whether weight gradients are projected.
         rounded: whether the matrix products' operands and results are copies of half the size.
+        copied: whether a tile of weights is copied (bfloat16 weights, active classes).
+        update_numbers: numbers for each of a tile's weights, while it is updated.
     """
 
     num_rows: int
+    chunk_rows: int
     num_features: int
     centres: int = 1
     buffers: float = 0.0
     row_numbers: int = 6
-    cosine: bool = True
     rounded: bool = False
+    copied: bool = False
+    update_numbers: float = 1.0
 
     def of_rows(self) -> int:
         """Gathered and padded rows, their gradient and its reduction, statistics."""
         return self.num_rows * (6 * self.num_features + 8 * self.row_numbers + 8)
 
     def of_class(self) -> float:
-        """One class's logits and the larger of what the loss and the products hold besides.
+        """One class's logits, weight gradient and copies, and what loss or update hold besides.
 
-        Never both at a time. Products: rounded operands and results; a weight gradient before it is
-        projected, and its product with the weights.
+        The last two never at the same time.
         """
-        products = 0.0
+        width = self.num_features
+        own = self.chunk_rows + 8 + width * (1.0 + self.copied)
         if self.rounded:
-            products = (self.num_rows + self.num_features) / 2 + self.num_features
-        if self.cosine:
-            products = max(products, 2.0 * self.num_features)
-        own = (self.num_rows + 8) * self.centres
-        return own + max(self.num_rows * self.buffers, products * self.centres)
+            own += (self.chunk_rows + width) / 2 + width / 2
+        passing = max(self.chunk_rows * self.buffers, self.update_numbers * width * self.centres)
+        return own * self.centres + passing
 
 
 def tile_classes_within(tile_bytes: int, demand: TileDemand, element_size: int) -> int:
@@ -112,7 +128,7 @@ def tile_classes_within(tile_bytes: int, demand: TileDemand, element_size: int) 
     per_class = demand.of_class() * element_size
     tile_classes = int((tile_bytes - rows) / per_class)
     if tile_classes < _FEWEST_TILE_CLASSES:
-        needed = (rows + _FEWEST_TILE_CLASSES * per_class) / 2**20
+        needed = max(0.1, (rows + _FEWEST_TILE_CLASSES * per_class) / 2**20)
         raise UsageError(
             f"loss.tile_mebibytes={tile_bytes / 2**20:g} is too small for {demand.num_rows} rows "
             f"of {demand.num_features} features; set it to {needed:.1f} or more, or lower "
@@ -121,83 +137,151 @@ def tile_classes_within(tile_bytes: int, demand: TileDemand, element_size: int) 
     return tile_classes
 
 
+class TileSpace:
+    """Buffers of one sweep, for tiles of up to `tile` classes and chunks of up to `chunk` rows.
+
+    Args:
+        rows: of the sweep; their dtype is that of all arithmetic.
+        shard: the classes.
+        tile: t.
+        chunk: r.
+        with_gradient: whether weights' gradients are wanted.
+    """
+
+    def __init__(
+        self,
+        rows: Float[Tensor, "R D"],
+        shard: ClassShard,
+        tile: int,
+        chunk: int,
+        with_gradient: bool,
+    ) -> None:
+        width, columns = rows.shape[1], tile * shard.centres
+        self.shard, self.tile, self.chunk = shard, tile, chunk
+        self.logits = rows.new_empty(chunk * columns)
+        self.gradient = rows.new_empty(columns, width) if with_gradient else None
+        copied = shard.active is not None or shard.weight.dtype != rows.dtype
+        self.weight = rows.new_empty(columns, width) if copied else None
+        dtype = shard.tile_dtype
+        self.rounded = dtype is not None and dtype != rows.dtype
+        if self.rounded:
+            self.weight16 = rows.new_empty(columns, width, dtype=dtype)
+            self.logits16 = rows.new_empty(chunk * columns, dtype=dtype)
+            self.product16 = rows.new_empty(max(chunk, columns), width, dtype=dtype)
+            self.rows16 = rows.to(dtype)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One tile of weights, as the products take it.
+
+    Attributes:
+        start: first of the classes that take part; `stop` the one after the last.
+        weight: (t * K, D) in the rows' dtype.
+        weight16: the same in the products' dtype, if that is another.
+        factors: (t * K,) scale / |w| of cosines.
+    """
+
+    start: int
+    stop: int
+    weight: Float[Tensor, "tK D"]
+    weight16: Tensor | None
+    factors: Float[Tensor, " tK"] | None
+
+
+def load_tile(space: TileSpace, start: int, stop: int) -> Tile:
+    """Weights of classes `start..stop-1` of those that take part."""
+    shard = space.shard
+    own = shard.rows(start, stop)
+    weight = shard.weight[own]
+    if space.weight is not None:
+        weight = space.weight[: len(weight)].copy_(weight)
+    weight16 = None
+    if space.rounded:
+        weight16 = space.weight16[: len(weight)].copy_(weight)
+    factors = None
+    if shard.scale is not None:
+        factors = shard.scale / torch.linalg.vector_norm(weight, dim=1).clamp_min(SMALLEST_NORM)
+    return Tile(start, stop, weight, weight16, factors)
+
+
 def tile_logits(
-    rows: Float[Tensor, "R D"], shard: ClassShard, start: int, stop: int, buffer: Tensor
-) -> Float[Tensor, "R tK"]:
-    """The logits of local classes `start..stop-1`, written into `buffer` (flat, R * t * K or more).
+    space: TileSpace, tile: Tile, rows: Float[Tensor, "R D"], chunk: slice, out: Tensor
+) -> Float[Tensor, "r tK"]:
+    """The logits of a chunk of rows, written into `out` (flat, r * t * K numbers or more).
 
     Class by class, and within a class centre by centre.
     """
-    weight = shard.weight[shard.rows(start, stop)]
-    logits = buffer[: len(rows) * len(weight)].view(len(rows), len(weight))
-    _product(rows, weight.T, shard.tile_dtype, logits)
+    shard, own = space.shard, rows[chunk]
+    logits = out[: len(own) * len(tile.weight)].view(len(own), len(tile.weight))
+    if tile.weight16 is None:
+        torch.mm(own, tile.weight.T, out=logits)
+    elif own.is_cuda:
+        torch.mm(space.rows16[chunk], tile.weight16.T, out_dtype=logits.dtype, out=logits)
+    else:  # A CPU's product rounds its float32 sums once, at the end.
+        rounded = space.logits16[: logits.numel()].view_as(logits)
+        logits.copy_(torch.mm(space.rows16[chunk], tile.weight16.T, out=rounded))
     if shard.bias is not None:
-        logits.add_(shard.bias[start:stop])
-    if shard.scale is not None:
-        logits.mul_(_column_factors(weight, shard.scale))
+        logits.add_(shard.bias[shard.classes(tile.start, tile.stop)])
+    if tile.factors is not None:
+        logits.mul_(tile.factors)
+    if shard.correction is not None:
+        logits.add_(shard.correction[tile.start : tile.stop])
     return logits
 
 
-def _product(left: Tensor, right: Tensor, dtype: torch.dtype | None, out: Tensor) -> None:
-    """left @ right into `out`, from operands rounded to `dtype`.
-
-    On CUDA the product keeps its float32 sums; on a CPU it rounds them to `dtype` once at the end.
-    """
-    if dtype is None or dtype == left.dtype:
-        torch.mm(left, right, out=out)
-    elif left.is_cuda:
-        torch.mm(left.to(dtype), right.to(dtype), out_dtype=out.dtype, out=out)
-    else:
-        out.copy_(left.to(dtype) @ right.to(dtype))
-
-
-def _column_factors(weight: Float[Tensor, "t D"], scale: float) -> Float[Tensor, " t"]:
-    return scale / torch.linalg.vector_norm(weight, dim=1).clamp_min(_SMALLEST_NORM)
-
-
-def tile_gradient_(
-    rows: Float[Tensor, "R D"],
-    shard: ClassShard,
-    start: int,
-    stop: int,
-    logit_gradient: Float[Tensor, "R tK"],
-    row_gradient: Float[Tensor, "R D"],
-    accumulate: bool,
+def add_row_gradient_(
+    space: TileSpace,
+    tile: Tile,
+    logit_gradient: Float[Tensor, "r tK"],
+    row_gradient: Float[Tensor, "r D"],
 ) -> None:
-    """Add a tile's part to `row_gradient` and write, or add, the tile's own weight gradient.
-
-    For cosines, with a = G^T z and f = scale / |w|: dw = f (a - (a . w) w / |w|^2), the derivative
-    of w / |w| applied to f a. Overwrites `logit_gradient` (G) there.
-
-    Args:
-        accumulate: add to the gradients present (later micro-batches) instead of overwriting them.
-    """
-    weight = shard.weight[shard.rows(start, stop)]
-    if shard.scale is not None:
-        logit_gradient.mul_(_column_factors(weight, shard.scale))
-    if shard.tile_dtype is None:
-        row_gradient.addmm_(logit_gradient, weight)
+    """Add a tile's part, G f w with G = dL/ds times the columns' factors, to `row_gradient`."""
+    if tile.weight16 is None:
+        row_gradient.addmm_(logit_gradient, tile.weight)
+        return
+    rounded = space.logits16[: logit_gradient.numel()].view_as(logit_gradient)
+    rounded.copy_(logit_gradient)
+    if rounded.is_cuda:
+        part = torch.mm(rounded, tile.weight16, out_dtype=row_gradient.dtype)
     else:
-        part = torch.empty_like(row_gradient)
-        _product(logit_gradient, weight, shard.tile_dtype, part)
-        row_gradient.add_(part)
-    if shard.bias_gradient is not None:
-        total = logit_gradient.sum(0)
-        target = shard.bias_gradient[start:stop]
-        target.add_(total) if accumulate else target.copy_(total)
-    if shard.weight_gradient is None:
-        return
-    target = shard.weight_gradient[shard.rows(start, stop)]
-    if shard.scale is None and not (accumulate and shard.tile_dtype):
-        if accumulate:
-            target.addmm_(logit_gradient.T, rows)
+        part = torch.mm(rounded, tile.weight16, out=space.product16[: len(row_gradient)])
+    row_gradient.add_(part)
+
+
+def add_weight_gradient_(
+    space: TileSpace,
+    logit_gradient: Float[Tensor, "r tK"],
+    rows: Float[Tensor, "R D"],
+    chunk: slice,
+    is_first: bool,
+) -> None:
+    """Add G^T z of a chunk of rows to the space's gradient, or start it anew."""
+    assert space.gradient is not None
+    target = space.gradient[: logit_gradient.shape[1]]
+    if not space.rounded:
+        if is_first:
+            torch.mm(logit_gradient.T, rows[chunk], out=target)
         else:
-            _product(logit_gradient.T, rows, shard.tile_dtype, target)
+            target.addmm_(logit_gradient.T, rows[chunk])
         return
-    gradient = torch.empty_like(weight)
-    _product(logit_gradient.T, rows, shard.tile_dtype, gradient)
-    if shard.scale is not None:
-        square = torch.linalg.vector_norm(weight, dim=1).clamp_min(_SMALLEST_NORM).square()
-        along = torch.linalg.vecdot(gradient, weight) / square
-        gradient.addcmul_(weight, along[:, None], value=-1)
-    target.add_(gradient) if accumulate else target.copy_(gradient)
+    rounded = space.logits16[: logit_gradient.numel()].view_as(logit_gradient)
+    rounded.copy_(logit_gradient)
+    if rounded.is_cuda:
+        part = torch.mm(rounded.T, space.rows16[chunk], out_dtype=target.dtype)
+    else:
+        part = torch.mm(rounded.T, space.rows16[chunk], out=space.product16[: len(target)])
+    if is_first:
+        target.copy_(part)
+    else:
+        target.add_(part)
+
+
+def project_(gradient: Float[Tensor, "tK D"], tile: Tile) -> None:
+    """From f a to the gradient by w of a cosine: f (a - (a . w) w / |w|^2), in place.
+
+    The derivative of w / |w|, applied to a = G^T z.
+    """
+    square = torch.linalg.vector_norm(tile.weight, dim=1).clamp_min(SMALLEST_NORM).square()
+    along = torch.linalg.vecdot(gradient, tile.weight) / square
+    gradient.addcmul_(tile.weight, along[:, None], value=-1)

@@ -43,6 +43,26 @@ def test_a_label_outside_the_classes(launcher: Launcher) -> None:
     assert "key" in line
 
 
+def test_more_classes_than_memory(launcher: Launcher) -> None:
+    line = refused(launcher, "data.num_classes=30000000000", kind="by hand")
+    assert "GiB for its 15000000000 classes (weights" in line
+    assert "2 worker(s) share" in line
+    assert "classes.weight_dtype=bfloat16" in line
+
+
+def test_what_a_class_parallel_step_cannot_do(launcher: Launcher) -> None:
+    for arguments, text in {
+        ("loss.tile_mebibytes=0.01",): "loss.tile_mebibytes=0.01",
+        ("classes.backend=triton",): "classes.backend=triton cannot run",
+        ("classes.backend=native", "loss={name: l1}"): "classes.backend=native cannot run",
+        ("classes.sample=random", "loss.label_smoothing=0.1"): "set loss.label_smoothing=0",
+        ("classes.sample=random", "training.accumulate=2"): "training.accumulate=1",
+        ("classes.sample_rate=0.5",): "classes.sample=random",
+        ("classes.weight_dtype=float16",): "classes.weight_dtype",
+    }.items():
+        assert text in refused(launcher, *arguments, kind="by hand"), arguments
+
+
 def test_a_missing_and_an_empty_shard_folder(launcher: Launcher, tmp_path: Path) -> None:
     assert "nowhere" in refused(launcher, f"data.path={tmp_path}/nowhere", kind="by hand")
     (tmp_path / "empty").mkdir()

@@ -57,7 +57,7 @@ def answers(rank: int, num_workers: int, group: ProcessGroup | None) -> list[dic
     for config in CASES.values():
         classifier = classifier_of(config, rank, num_workers, group)
         classifier.tile_bytes = 1  # As few classes a tile as an evaluation takes.
-        problem = classifier.problem(with_gradients=False)
+        problem = classifier.problem()
         rows = classifier.rows_for_scores(embeddings)
         case = {"full": class_scores.log_probabilities(rows, problem)}
         case["top"], case["ids"] = class_scores.top_log_probabilities(rows, problem, TOP)
@@ -108,7 +108,7 @@ def test_all_workers_get_the_dense_probabilities_and_distances(
 def test_all_classes_are_the_top_ones() -> None:
     embeddings, _ = samples()
     classifier = classifier_of(CASES["linear"], 0, 1, None)
-    rows, problem = classifier.rows_for_scores(embeddings), classifier.problem(False)
+    rows, problem = classifier.rows_for_scores(embeddings), classifier.problem()
     values, ids = class_scores.top_log_probabilities(rows, problem, C)
     full = class_scores.log_probabilities(rows, problem)
     torch.testing.assert_close(values, full.sort(1, descending=True).values)
@@ -117,7 +117,7 @@ def test_all_classes_are_the_top_ones() -> None:
 
 def test_no_rows_give_no_answers() -> None:
     classifier = classifier_of(CASES["linear"], 0, 1, None)
-    problem, rows = classifier.problem(False), torch.empty(0, D, dtype=torch.float64)
+    problem, rows = classifier.problem(), torch.empty(0, D, dtype=torch.float64)
     assert class_scores.log_probabilities(rows, problem).shape == (0, C)
     values, ids = class_scores.top_log_probabilities(rows, problem, 4)
     assert values.shape == ids.shape == (0, 4)
@@ -134,7 +134,7 @@ def test_a_certain_classs_probability_keeps_its_digits_in_float32() -> None:
     )
     with torch.no_grad():
         classifier.weight.copy_(weight)
-    problem = classifier.problem(False)
+    problem = classifier.problem()
     wanted = torch.eye(3).double().mul(40).log_softmax(1)
     wanted.fill_diagonal_(-2 * torch.tensor(-40.0).double().exp().item())
     full = class_scores.log_probabilities(torch.eye(3), problem)

@@ -143,7 +143,7 @@ def worker_results(
             dtype=torch.float64,
             class_counts=batch_of(case, 0).counts,
         )
-        demand = classifier.problem(with_gradients=False).demand(R, D)
+        demand = classifier.problem().demand(R, D)
         classifier.tile_bytes = int(8 * (demand.of_rows() + TILE * demand.of_class())) + 8
         own = slice(partition.start, partition.stop)
         batch = batch_of(case, 0)

@@ -9,11 +9,13 @@ import pytest
 import torch
 from live_bytes import LiveBytes
 
+from dist_dml.class_config import ClassesConfig
 from dist_dml.config import OptimizerConfig
 from dist_dml.loss_config import READS, LossConfig
 from dist_dml.parallel.class_partition import ClassPartition
 from dist_dml.parallel.classifier import ClassParallelClassifier
 
+TORCH = ClassesConfig(backend="torch")
 C, D, R, MEBIBYTES = 20_000, 16, 128, 4.0
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in READS),
@@ -32,19 +34,18 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 
 
 def peak_share(config: LossConfig) -> float:
-    """The most memory of a step beyond weights, gradients and state, as a share of the budget."""
+    """The most memory of a step beyond weights and state, as a share of the budget."""
     partition, counts = ClassPartition.of_worker(0, 1, C), torch.arange(1, C + 1) % 50 + 1
     classifier = ClassParallelClassifier(
-        D, partition, config, OptimizerConfig(), 0, R, class_counts=counts
+        D, partition, config, OptimizerConfig(), 0, R, class_counts=counts, classes=TORCH
     )
     labels = torch.arange(R) * (C // R)
 
     def step() -> None:
         rows = torch.randn(R, D, requires_grad=True)
-        classifier(rows, labels, (R,), R).loss.backward()
-        classifier.step(1.0)
+        classifier(rows, labels, (R,), R, factor=1.0).loss.backward()
 
-    step()  # Allocates the gradient and the optimizer's state, which do not count.
+    step()
     with LiveBytes() as counter:
         step()
     return counter.peak / (MEBIBYTES * 2**20)

@@ -1,0 +1,266 @@
+// The forward sweep: labels' logits, largest other logit, sums of exponentials, and the pull.
+//
+// Logits stand transposed, one class a row, so that sums over classes run down the lanes. Each
+// thread sums over its own tiles; the threads' sums are merged in their order.
+#pragma once
+
+#include <limits>
+
+#include "pool.hpp"
+#include "weights.hpp"
+
+namespace dist_dml {
+
+constexpr float kNoRival = -std::numeric_limits<float>::max() / 4;
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+// largest = max(largest, f s + b) over an even number of classes.
+inline void raise_largest(const float* logits, int64_t count, int64_t lanes, const float* factor,
+                          const float* bias, float* largest) {
+  for (int64_t j = 0; j < count; j += 2) {
+    const float *first = logits + j * lanes, *second = first + lanes;
+    Lanes f0 = all_lanes(factor[j]), b0 = all_lanes(bias[j]);
+    Lanes f1 = all_lanes(factor[j + 1]), b1 = all_lanes(bias[j + 1]);
+    for (int64_t i = 0; i < lanes; i += kLanes) {
+      Lanes most = larger(f0 * load(first + i) + b0, load(largest + i));
+      store(largest + i, larger(f1 * load(second + i) + b1, most));
+    }
+  }
+}
+
+// The exponentials p = exp(f s + b - largest) of an even number of classes: mass += p, gap +=
+// largest - (f s + b), except for logits of -inf, which are the labels'. With `Out` the products
+// p f are stored: as they are, one class a row, or as pairs of classes. `out` may be `logits`:
+// stores stay behind loads. `ahead(j)` is called once a class.
+template <bool kGap, class Out, class Ahead>
+inline void exponentials(const float* logits, int64_t count, int64_t lanes, const float* factor,
+                         const float* bias, const float* largest, float* mass, float* gap,
+                         Out* out, Ahead ahead) {
+  for (int64_t j = 0; j < count; j += 2) {
+    ahead(j);
+    ahead(j + 1);
+    const float *first = logits + j * lanes, *second = first + lanes;
+    Lanes f0 = all_lanes(factor[j]), b0 = all_lanes(bias[j]);
+    Lanes f1 = all_lanes(factor[j + 1]), b1 = all_lanes(bias[j + 1]);
+    for (int64_t i = 0; i < lanes; i += kLanes) {
+      Lanes most = load(largest + i);
+      Lanes x0 = f0 * load(first + i) + b0 - most, x1 = f1 * load(second + i) + b1 - most;
+      Lanes p0 = exp_of_nonpositive(x0), p1 = exp_of_nonpositive(x1);
+      store(mass + i, load(mass + i) + (p0 + p1));
+      if constexpr (kGap) {
+        x0 = x0 == kMinusInfinity ? Lanes{} : x0;
+        x1 = x1 == kMinusInfinity ? Lanes{} : x1;
+        store(gap + i, load(gap + i) - (x0 + x1));
+      }
+      if constexpr (std::is_same_v<Out, float>) {
+        store(out + j * lanes + i, p0 * f0);
+        store(out + (j + 1) * lanes + i, p1 * f1);
+      } else if constexpr (std::is_same_v<Out, Half>) {
+        store_pairs(out + j * lanes + 2 * i, p0 * f0, p1 * f1);
+      }
+    }
+  }
+}
+
+template <class Weight, class Operand>
+class ForwardThread {
+ public:
+  ForwardThread(const Problem& problem, const Tiling& tiling, const PackedRows<Operand>& rows,
+                const Labels& labels, const ForwardResult& result)
+      : problem_(problem),
+        tiling_(tiling),
+        rows_(rows),
+        labels_(labels),
+        result_(result),
+        weights_(problem, tiling, result.pull != nullptr),
+        products_((rounded_up(tiling.tile, 2 * kLanes) + 2) * tiling.lanes),
+        largest_(tiling.block * tiling.lanes),
+        before_(tiling.lanes),
+        tile_mass_(tiling.lanes),
+        tile_gap_(tiling.lanes),
+        pull_(result.pull ? tiling.block * problem.num_features * tiling.lanes : 0) {}
+
+  // Sums the tiles `from` to `to` of `num_chunks` chunks from `first_chunk` on.
+  void sweep(int64_t from, int64_t to, int64_t first_chunk, int64_t num_chunks) {
+    ReleaseProducts release(std::is_same_v<Operand, Half>);
+    int64_t count = num_chunks * tiling_.lanes;
+    std::fill_n(largest_.get(), count, kNoRival);
+    mass_.assign(count, 0.0);
+    gap_.assign(count, 0.0);
+    others_.assign(count, 0.0);
+    if (result_.pull) std::fill_n(pull_.get(), count * problem_.num_features, 0.0f);
+    for (int64_t tile = from; tile < to; ++tile) {
+      int64_t first = tile * tiling_.tile;
+      weights_.take(first, std::min(tiling_.tile, problem_.num_classes - first));
+      if (result_.pull) weights_.transpose_operand();
+      next_ = tile + 1 < to ? first + tiling_.tile : problem_.num_classes;
+      for (int64_t k = 0; k < num_chunks; ++k) add_chunk(first_chunk + k, k);
+    }
+  }
+
+  // What `merge` reads: of lane `i` of the block.
+  float largest(int64_t i) const { return largest_.get()[i]; }
+  double mass(int64_t i) const { return mass_[i]; }
+  double gap(int64_t i) const { return gap_[i]; }
+  double others(int64_t i) const { return others_[i]; }
+  const float* pull(int64_t k) const {
+    return pull_.get() + k * problem_.num_features * tiling_.lanes;
+  }
+
+ private:
+  void add_chunk(int64_t chunk, int64_t k) {
+    int64_t lanes = tiling_.lanes, count = weights_.count(), even = count + count % 2;
+    int64_t ld = lanes, first = weights_.first();
+    float* logits = products_.get();
+    if (result_.kept)  // A chunk's logits of all classes lie together.
+      logits = result_.kept + (chunk * (problem_.num_classes + 1) + first) * lanes;
+    multiply(count, lanes, weights_.depth(), weights_.operand(), weights_.depth(),
+             rows_.transposed(chunk), lanes, logits, ld, false);
+    if (even > count) std::fill_n(logits + count * lanes, lanes, kMinusInfinity);
+    auto own = labels_.of_tile(chunk, first, count);
+    saved_.clear();
+    for (const LabelEntry& entry : own) {
+      int64_t j = entry.column - first;
+      float& logit = logits[j * lanes + entry.row];
+      saved_.push_back(logit);
+      result_.label[chunk * tiling_.chunk + entry.row] =
+          weights_.factor()[j] * logit + weights_.bias()[j];
+      logit = kMinusInfinity;
+    }
+    raise(logits, even, k);
+    add_exponentials(logits, even, k);
+    for (int64_t i = 0; i < lanes; ++i) others_[k * lanes + i] += count;
+    size_t index = 0;
+    for (const LabelEntry& entry : own) {
+      others_[k * lanes + entry.row] -= 1;
+      if (result_.kept) logits[(entry.column - first) * lanes + entry.row] = saved_[index++];
+    }
+    if (result_.pull) add_pull(k);
+  }
+
+  // Raises the running maximum, and what was summed up relative to the old one.
+  void raise(const float* logits, int64_t even, int64_t k) {
+    int64_t lanes = tiling_.lanes;
+    float *largest = largest_.get() + k * lanes, *before = before_.get();
+    std::copy_n(largest, lanes, before);
+    raise_largest(logits, even, lanes, weights_.factor(), weights_.bias(), largest);
+    for (int64_t i = 0; i < lanes; i += kLanes) {
+      Lanes now = load(largest + i), then = load(before + i);
+      if (!any(now > then)) continue;
+      Lanes shrink = exp_of_nonpositive(then - now);
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        int64_t row = k * lanes + i + lane;
+        mass_[row] *= shrink[lane];
+        gap_[row] += others_[row] * (static_cast<double>(now[lane]) - then[lane]);
+      }
+      if (!result_.pull) continue;
+      float* pull = pull_.get() + k * problem_.num_features * lanes + i;
+      for (int64_t d = 0; d < problem_.num_features; ++d)
+        store(pull + d * lanes, load(pull + d * lanes) * shrink);
+    }
+  }
+
+  void add_exponentials(const float* logits, int64_t even, int64_t k) {
+    int64_t lanes = tiling_.lanes;
+    std::fill_n(tile_mass_.get(), lanes, 0.0f);
+    std::fill_n(tile_gap_.get(), lanes, 0.0f);
+    // While one tile computes, the next one's weights come from memory.
+    int64_t left = k == 0 ? problem_.num_classes - next_ : 0;
+    auto ahead = [&](int64_t j) {
+      if (j < left) prefetch(weight_at<Weight>(problem_, next_ + j), problem_.num_features);
+    };
+    auto run = [&](auto with_gap, auto* out) {
+      exponentials<decltype(with_gap)::value>(logits, even, lanes, weights_.factor(),
+                                              weights_.bias(), largest_.get() + k * lanes,
+                                              tile_mass_.get(), tile_gap_.get(), out,
+                                              ahead);
+    };
+    auto with_out = [&](auto* out) {
+      if (result_.with_gap) run(std::true_type{}, out);
+      else run(std::false_type{}, out);
+    };
+    if (result_.pull) with_out(reinterpret_cast<Operand*>(products_.get()));
+    else with_out(static_cast<void*>(nullptr));
+    for (int64_t i = 0; i < lanes; ++i) {  // float32 within a tile, float64 over tiles.
+      mass_[k * lanes + i] += tile_mass_.get()[i];
+      gap_[k * lanes + i] += tile_gap_.get()[i];
+    }
+  }
+
+  void add_pull(int64_t k) {
+    int64_t lanes = tiling_.lanes, padded = weights_.padded_count();
+    Operand* products = reinterpret_cast<Operand*>(products_.get());
+    int64_t even = weights_.count() + weights_.count() % 2;
+    if (even < padded) std::fill_n(products + even * lanes, (padded - even) * lanes, Operand{});
+    float* pull = pull_.get() + k * problem_.num_features * lanes;
+    multiply(problem_.num_features, lanes, padded, weights_.transposed(),
+             weights_.transposed_ld(), products, lanes, pull, lanes, true);
+  }
+
+  const Problem& problem_;
+  const Tiling& tiling_;
+  const PackedRows<Operand>& rows_;
+  const Labels& labels_;
+  const ForwardResult& result_;
+  WeightTile<Weight, Operand> weights_;
+  Buffer<float> products_, largest_, before_, tile_mass_, tile_gap_, pull_;
+  std::vector<double> mass_, gap_, others_;
+  std::vector<float> saved_;
+  int64_t next_ = 0;  // The next tile's first class; n if there is none.
+};
+
+// One row of a block from all threads' sums.
+template <class Thread>
+void merge_row(const std::vector<std::unique_ptr<Thread>>& threads, const Problem& problem,
+               const Tiling& tiling, const ForwardResult& result, int64_t row, int64_t k) {
+  int64_t lane = row % tiling.chunk, i = k * tiling.lanes + lane, depth = problem.num_features;
+  float rival = kNoRival;
+  for (const auto& thread : threads) rival = std::max(rival, thread->largest(i));
+  double mass = 0, gap = 0;
+  float* pull = result.pull ? result.pull + row * depth : nullptr;
+  if (pull) std::fill_n(pull, depth, 0.0f);
+  for (const auto& thread : threads) {
+    double shrink = std::exp(static_cast<double>(thread->largest(i)) - rival);
+    mass += thread->mass(i) * shrink;
+    if (thread->others(i) > 0)
+      gap += thread->gap(i) + thread->others(i) * (static_cast<double>(rival) - thread->largest(i));
+    if (!pull) continue;
+    const float* part = thread->pull(k) + lane;
+    float factor = static_cast<float>(shrink);
+    for (int64_t d = 0; d < depth; ++d) pull[d] += part[d * tiling.lanes] * factor;
+  }
+  result.rival[row] = rival;
+  result.mass[row] = static_cast<float>(mass);
+  result.gap[row] = result.with_gap ? static_cast<float>(gap) : 0.0f;
+}
+
+template <class Weight, class Operand>
+void forward(const Problem& problem, const ForwardResult& result) {
+  using Thread = ForwardThread<Weight, Operand>;
+  Tiling tiling(problem);
+  Labels labels(problem, tiling);
+  PackedRows<Operand> rows(problem, tiling, false);
+  int num_threads = static_cast<int>(std::min(problem.num_threads, tiling.num_tiles));
+  std::vector<std::unique_ptr<Thread>> threads(num_threads);
+  std::fill_n(result.label, problem.num_rows, kMinusInfinity);
+  Pool& pool = Pool::of_process();
+  pool.run(num_threads, [&](int t) {
+    threads[t] = std::make_unique<Thread>(problem, tiling, rows, labels, result);
+    for (int64_t chunk = t; chunk < tiling.num_chunks; chunk += num_threads) rows.pack(chunk);
+  });
+  for (int64_t block = 0; block < tiling.num_chunks; block += tiling.block) {
+    int64_t num_chunks = std::min(tiling.block, tiling.num_chunks - block);
+    int64_t first = block * tiling.chunk;
+    int64_t last = std::min(first + num_chunks * tiling.chunk, problem.num_rows);
+    pool.run(num_threads, [&](int t) {
+      threads[t]->sweep(tiling.num_tiles * t / num_threads,
+                        tiling.num_tiles * (t + 1) / num_threads, block, num_chunks);
+    });
+    pool.run(num_threads, [&](int t) {
+      for (int64_t row = first + t; row < last; row += num_threads)
+        merge_row(threads, problem, tiling, result, row, row / tiling.chunk - block);
+    });
+  }
+}
+
+}  // namespace dist_dml

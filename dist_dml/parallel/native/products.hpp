@@ -1,0 +1,131 @@
+// Matrix products of blocks that lie in the cache, and the rows in the layouts that they read.
+//
+// oneDNN's micro-kernels, by way of torch, which has them linked in: code made at run time for the
+// processor and each size (AVX2, AVX-512, AMX), kept by each thread. bfloat16 products read their
+// second operand in pairs, (K/2, N, 2), and add up in float32.
+#pragma once
+
+#include <ATen/native/CPUBlas.h>
+
+#include "problem.hpp"
+
+namespace dist_dml {
+
+// C (M, N) = A (M, K) B (K, N), added to C if `add`; ld: distance of rows.
+inline void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld_a, const float* b,
+                     int64_t ld_b, float* c, int64_t ld_c, bool add) {
+  at::native::cpublas::brgemm(m, n, k, ld_a, ld_b, ld_c, add, a, b, c, false);
+}
+
+inline void multiply(int64_t m, int64_t n, int64_t k, const Half* a, int64_t ld_a, const Half* b,
+                     int64_t ld_b, float* c, int64_t ld_c, bool add) {
+  at::native::cpublas::brgemm(m, n, k, ld_a, ld_b, ld_c, add,
+                              reinterpret_cast<const at::BFloat16*>(a),
+                              reinterpret_cast<const at::BFloat16*>(b), c, true);
+}
+
+// Gives the processor's AMX registers back when a thread is through with its products.
+class ReleaseProducts {
+ public:
+  explicit ReleaseProducts(bool half) : half_(half) {}
+  ~ReleaseProducts() { at::native::cpublas::brgemm_release(half_); }
+
+ private:
+  bool half_;
+};
+
+inline Half half_of(float x) {
+  return {static_cast<uint16_t>(nearest_half(all_lanes(x))[0] >> 16)};
+}
+
+// The rows, chunk by chunk, as second operands; what fills a chunk up is zeros.
+template <class Operand>
+class PackedRows;
+
+template <>
+class PackedRows<float> {
+ public:
+  PackedRows(const Problem& problem, const Tiling& tiling, bool)
+      : problem_(problem),
+        tiling_(tiling),
+        depth(problem.num_features),
+        transposed_(tiling.num_chunks * depth * tiling.lanes) {}
+
+  void pack(int64_t chunk) {
+    float* to = transposed_.get() + chunk * depth * tiling_.lanes;
+    const float* from = plain(chunk);
+    int64_t count = tiling_.chunk_rows(problem_, chunk);
+    for (int64_t d = 0; d < depth; ++d)
+      for (int64_t i = 0; i < tiling_.lanes; ++i)
+        to[d * tiling_.lanes + i] = i < count ? from[i * depth + d] : 0.0f;
+  }
+
+  // (depth, lanes), for logits.
+  const float* transposed(int64_t chunk) const {
+    return transposed_.get() + chunk * depth * tiling_.lanes;
+  }
+
+  // (count, ld), for weights' gradients.
+  const float* plain(int64_t chunk) const {
+    return problem_.rows + chunk * tiling_.chunk * depth;
+  }
+  int64_t plain_count(int64_t chunk) const { return tiling_.chunk_rows(problem_, chunk); }
+
+ private:
+  const Problem& problem_;
+  const Tiling& tiling_;
+
+ public:
+  const int64_t depth;  // K of the logits' product, N of the gradient's.
+
+ private:
+  Buffer<float> transposed_;
+};
+
+template <>
+class PackedRows<Half> {
+ public:
+  PackedRows(const Problem& problem, const Tiling& tiling, bool with_plain)
+      : problem_(problem),
+        tiling_(tiling),
+        depth(tiling.features),
+        with_plain_(with_plain),
+        transposed_(tiling.num_chunks * depth * tiling.lanes),
+        plain_(with_plain ? tiling.num_chunks * depth * tiling.lanes : 0) {}
+
+  void pack(int64_t chunk) {
+    int64_t lanes = tiling_.lanes, d_end = problem_.num_features;
+    int64_t count = tiling_.chunk_rows(problem_, chunk);
+    const float* from = problem_.rows + chunk * tiling_.chunk * d_end;
+    Half* across = transposed_.get() + chunk * depth * lanes;
+    Half* along = plain_.get() + (with_plain_ ? chunk * depth * lanes : 0);
+    for (int64_t i = 0; i < lanes; ++i)
+      for (int64_t d = 0; d < depth; ++d) {
+        Half x = half_of(i < count && d < d_end ? from[i * d_end + d] : 0.0f);
+        across[(d / 2 * lanes + i) * 2 + d % 2] = x;
+        if (with_plain_) along[(i / 2 * depth + d) * 2 + i % 2] = x;
+      }
+  }
+
+  // Pairs of features (depth / 2, lanes, 2), for logits.
+  const Half* transposed(int64_t chunk) const {
+    return transposed_.get() + chunk * depth * tiling_.lanes;
+  }
+
+  // Pairs of rows (count / 2, depth, 2), for weights' gradients.
+  const Half* plain(int64_t chunk) const { return plain_.get() + chunk * depth * tiling_.lanes; }
+  int64_t plain_count(int64_t) const { return tiling_.lanes; }
+
+ private:
+  const Problem& problem_;
+  const Tiling& tiling_;
+
+ public:
+  const int64_t depth;
+
+ private:
+  bool with_plain_;
+  Buffer<Half> transposed_, plain_;
+};
+
+}  // namespace dist_dml

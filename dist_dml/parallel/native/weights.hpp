@@ -1,0 +1,158 @@
+// One tile of class weights as operands of products: gathered, rounded, transposed, with norms.
+#pragma once
+
+#include <cmath>
+#include <type_traits>
+
+#include "products.hpp"
+
+namespace dist_dml {
+
+constexpr float kSmallestNorm = 1e-12f;  // SMALLEST_NORM of class_sweeps.py.
+
+template <class Weight>
+inline Weight* weight_at(const Problem& problem, int64_t position) {
+  return static_cast<Weight*>(problem.weight) +
+         problem.weight_row(position) * problem.num_features;
+}
+
+// Asks for `count` numbers that will be needed soon. Not `__builtin_prefetch`: GCC 12 finds that
+// functions which only prefetch have no effect, and leaves their calls out.
+template <class T>
+inline void prefetch(const T* from, int64_t count) {
+#if defined(__x86_64__)
+  for (int64_t i = 0; i < count; i += 64 / sizeof(T))
+    asm volatile("prefetcht1 %0" : : "m"(from[i]));
+#endif
+}
+
+template <class Weight, class Operand>
+class WeightTile {
+ public:
+  static constexpr bool kSame = std::is_same_v<Weight, Operand>;
+
+  WeightTile(const Problem& problem, const Tiling& tiling, bool with_transpose)
+      : problem_(problem),
+        depth_(std::is_same_v<Operand, float> ? problem.num_features : tiling.features),
+        in_place_(kSame && !problem.active && depth_ == problem.num_features),
+        // The distance of its rows should be no power of 2, which would put them all into few sets.
+        tile_padded_(rounded_up(tiling.tile, 2 * kLanes) + 2 * kLanes),
+        copy_(in_place_ ? 0 : tiling.tile * depth_),
+        transposed_(with_transpose ? problem.num_features * tile_padded_ : 0),
+        factor_(tile_padded_),
+        square_(tile_padded_),
+        bias_(tile_padded_) {}
+
+  // The tile of `count` classes from position `first` on. Norms are of the unrounded weights.
+  void take(int64_t first, int64_t count) {
+    first_ = first;
+    count_ = count;
+    operand_ = copy_.get();
+    if constexpr (kSame)
+      if (in_place_) operand_ = weight_at<Weight>(problem_, first);
+    for (int64_t j = 0; j < count; ++j) {
+      float square = in_place_ ? square_of_row(j) : copy_row(j);
+      // The reference divides by max(|w|, 1e-12); infinite and undefined norms stay what they are.
+      square_.get()[j] = square < kSmallestNorm * kSmallestNorm
+                             ? kSmallestNorm * kSmallestNorm : square;
+      factor_.get()[j] = problem_.scale != 0
+          ? static_cast<float>(problem_.scale) / std::sqrt(square_.get()[j]) : 1.0f;
+      bias_.get()[j] = problem_.bias ? problem_.bias[first + j] : 0.0f;
+    }
+    for (int64_t j = count; j < count + count % 2; ++j) {
+      factor_.get()[j] = 1.0f;
+      bias_.get()[j] = 0.0f;
+    }
+  }
+
+  // Makes (D, padded count) of the operand; classes that are not there are zeros.
+  void transpose_operand() {
+    int64_t depth = problem_.num_features;
+    for (int64_t j = 0; j < padded_count(); j += kLanes)
+      for (int64_t d = 0; d < depth; d += kLanes) {
+        Lanes block[kLanes];
+        int64_t part = std::min(kLanes, depth_ - d);
+        for (int64_t i = 0; i < kLanes; ++i) {
+          if (j + i >= count_) block[i] = Lanes{};
+          else if (part == kLanes) block[i] = load(operand_ + (j + i) * depth_ + d);
+          else block[i] = load_part(operand_ + (j + i) * depth_ + d, part);
+        }
+        transpose(block);
+        for (int64_t i = 0; i < std::min(kLanes, depth - d); ++i) {
+          Operand* to = transposed_.get() + (d + i) * tile_padded_ + j;
+          if constexpr (std::is_same_v<Operand, float>) store(to, block[i]);
+          else store(to, bits_as<BitLanes>(block[i]));
+        }
+      }
+  }
+
+  Weight* row(int64_t j) const { return weight_at<Weight>(problem_, first_ + j); }
+  int64_t first() const { return first_; }
+  int64_t count() const { return count_; }
+  // `count`, filled up for products that sum over classes.
+  int64_t padded_count() const {
+    return std::is_same_v<Operand, float> ? count_ : rounded_up(count_, 2 * kLanes);
+  }
+  int64_t depth() const { return depth_; }
+  const Operand* operand() const { return operand_; }
+  const Operand* transposed() const { return transposed_.get(); }
+  int64_t transposed_ld() const { return tile_padded_; }
+  const float* factor() const { return factor_.get(); }  // f, 1 for inner products.
+  const float* square() const { return square_.get(); }  // |w|^2, at least the smallest norm's.
+  const float* bias() const { return bias_.get(); }
+
+ private:
+  float square_of_row(int64_t j) const {
+    if (problem_.scale == 0) return 1.0f;
+    const Weight* from = row(j);
+    Lanes squares = Lanes{};
+    int64_t depth = problem_.num_features, d = 0;
+    for (; d + kLanes <= depth; d += kLanes) {
+      Lanes x = load(from + d);
+      squares += x * x;
+    }
+    if (d < depth) {
+      Lanes x = load_part(from + d, depth - d);
+      squares += x * x;
+    }
+    return sum(squares);
+  }
+
+  float copy_row(int64_t j) const {
+    const Weight* from = row(j);
+    Operand* to = copy_.get() + j * depth_;
+    Lanes squares = Lanes{};
+    int64_t depth = problem_.num_features, d = 0;
+    if constexpr (!kSame && std::is_same_v<Operand, Half>)
+      for (; d + 2 * kLanes <= depth; d += 2 * kLanes) {
+        Lanes x = load(from + d), y = load(from + d + kLanes);
+        squares += x * x + y * y;
+        store_halves(to + d, x, y);
+      }
+    for (; d < depth_; d += kLanes) {
+      int64_t part = std::clamp<int64_t>(depth - d, 0, kLanes);
+      Lanes x = part == kLanes ? load(from + d) : load_part(from + d, part);
+      squares += x * x;
+      int64_t room = std::min(kLanes, depth_ - d);
+      if constexpr (std::is_same_v<Operand, float>) {
+        if (room == kLanes) store(to + d, x);
+        else store_part(to + d, x, room);
+      } else {
+        if (room == kLanes) store(to + d, nearest_half(x));
+        else store_part(to + d, nearest_half(x), room);
+      }
+    }
+    return sum(squares);
+  }
+
+  const Problem& problem_;
+  int64_t depth_;
+  bool in_place_;
+  int64_t tile_padded_;
+  Buffer<Operand> copy_, transposed_;
+  Buffer<float> factor_, square_, bias_;
+  int64_t first_ = 0, count_ = 0;
+  const Operand* operand_ = nullptr;
+};
+
+}  // namespace dist_dml
