@@ -14,10 +14,12 @@ from dist_dml.command_line import run_command
 COMMANDS = {
     "train": ("dist_dml.train", "train an embedding (also under deepspeed, torchrun, srun)"),
     "evaluate": ("dist_dml.evaluate", "score a run's checkpoint and write its report"),
+    "estimate": ("dist_dml.estimate", "memory and time of a run on machines that you name"),
     "config": ("dist_dml.config_command", "show, diff or describe configurations"),
     "pack glyphs": ("dist_dml.data.pack.glyphs", "draw characters of the installed typefaces"),
     "pack folder": ("dist_dml.data.pack.folder", "pack a class_name/image.jpg tree"),
     "pack cifar": ("dist_dml.data.pack.cifar", "pack CIFAR-10 or CIFAR-100's binary archive"),
+    "pack synthetic": ("dist_dml.data.pack.synthetic", "draw up to millions of seeded classes"),
     "pack digits": ("dist_dml.data.pack.digits", "pack scikit-learn's digits"),
     "index": ("dist_dml.data.index_command", "index anybody's WebDataset tars"),
     "track": ("dist_dml.tracking.sync_command", "send what MLflow has missed"),

@@ -27,9 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_head import _status_bytes, machine
+from bench_head_measure import status_bytes
+from bench_head_report import machine, machine_line
 from torch import Tensor, nn
 
+from dist_dml.class_config import ClassesConfig
 from dist_dml.config import OptimizerConfig
 from dist_dml.loss_config import LossConfig
 from dist_dml.losses.objectives import build_objective
@@ -76,7 +78,15 @@ def shared_head(
     partition = ClassPartition.of_worker(0, 1, arguments.classes)
     config = config_of(BASE, arguments.tile_mebibytes)
     return ClassParallelClassifier(
-        arguments.dim, partition, config, OPTIMIZER, 0, arguments.rows, arguments.device, dtype
+        arguments.dim,
+        partition,
+        config,
+        OPTIMIZER,
+        0,
+        arguments.rows,
+        arguments.device,
+        dtype,
+        classes=ClassesConfig(backend="torch"),  # Like with like: kernels know some losses only.
     )
 
 
@@ -153,9 +163,9 @@ def extra_bytes(arguments: argparse.Namespace, variant: str) -> int:
         step(head, owner, data)
         return torch.cuda.max_memory_allocated(arguments.device) - before
     Path("/proc/self/clear_refs").write_text("5")  # The high-water mark starts anew.
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     step(head, owner, data)
-    return _status_bytes("VmHWM") - before
+    return status_bytes("VmHWM") - before
 
 
 def memory_in_own_process(arguments: argparse.Namespace, variant: str) -> int | None:
@@ -241,7 +251,7 @@ def compare(arguments: argparse.Namespace, variants: Sequence[str]) -> list[dict
                 "seconds_ratio": statistics.median(ratios),
                 "extra_bytes": memory[name],
                 "error": error[name],
-                "machine": machine(arguments.device),
+                "machine": machine_line(machine(arguments.device)),
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
             }
         )

@@ -5,18 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from worker_group import run_workers
 
 from dist_dml.parallel.collectives import (
+    PendingGather,
+    PendingReduction,
     barrier,
     gather_equal,
     gather_objects,
-    gather_rows,
     gather_uneven,
-    reduce_scatter_uneven,
+    merge_over_workers,
     scale_gradient,
 )
 
@@ -39,24 +41,20 @@ def own(rows: Tensor, counts: tuple[int, ...], rank: int) -> Tensor:
 def collect(rank: int, num_workers: int, group: ProcessGroup) -> list[dict[str, Any]]:
     results = []
     for counts in COUNTS:
-        rows = own(whole(counts), counts, rank).clone().requires_grad_()
-        gathered = gather_rows(rows, counts, group)
+        rows = own(whole(counts), counts, rank)
+        travelling = PendingGather(rows, counts, group)
         # Every worker computes another function of the gathered rows: its own cotangent.
         cotangent = whole(counts, seed=1 + rank)
-        (gathered * cotangent).sum().backward()
-        scaled = own(whole(counts), counts, rank).clone().requires_grad_()
-        (gather_rows(scale_gradient(scaled, 3.0), counts, group) * cotangent).sum().backward()
+        reduction = PendingReduction(cotangent, counts, group)
         labels = own(torch.arange(sum(counts)) * 2**40, counts, rank)
         # A transposed view: rows that are not contiguous in memory.
         wide = own(whole(counts).T.contiguous().T, counts, rank)
         results.append(
             {
-                "gathered": gathered.detach(),
-                "gradient": rows.grad,
-                "scaled gradient": scaled.grad,
+                "gathered": travelling.wait(),
+                "gradient": reduction.wait(),
                 "labels": gather_uneven(labels, counts, group),
                 "not contiguous": gather_uneven(wide, counts, group),
-                "summed": reduce_scatter_uneven(cotangent, counts, group),
             }
         )
     extra = {
@@ -81,8 +79,6 @@ def test_collectives_of_three_workers_equal_their_dense_twins(tmp_path: Path) ->
             assert torch.equal(got["labels"], torch.arange(sum(counts)) * 2**40)
             total = own(torch.stack(cotangents).sum(0), counts, rank)
             torch.testing.assert_close(got["gradient"], total, rtol=1e-14, atol=1e-14)
-            torch.testing.assert_close(got["summed"], total, rtol=1e-14, atol=1e-14)
-            torch.testing.assert_close(got["scaled gradient"], 3 * got["gradient"])
             inner_forward += (got["gathered"] * cotangents[rank]).sum().item()
             inner_backward += (own(rows, counts, rank) * got["gradient"]).sum().item()
         # The definition of an adjoint: <A x, y> = <x, A^T y>, summed over the workers.
@@ -94,11 +90,34 @@ def test_collectives_of_three_workers_equal_their_dense_twins(tmp_path: Path) ->
         assert [entry["rows"] for entry in worker[-1]["objects"]] == [[], [1], [2, 2]]
 
 
+def merged(rank: int, num_workers: int, group: ProcessGroup) -> list[Tensor]:
+    """By a rule that is not an all-reduce's: the order of the workers matters."""
+
+    def rule(parts: Tensor) -> Tensor:
+        assert parts.shape[0] == num_workers
+        places = torch.arange(1, num_workers + 1, dtype=parts.dtype)
+        return torch.stack((parts[:, 0].amax(0), (parts[:, 1] * places[:, None]).sum(0)))
+
+    numbers = [torch.arange(2.0 * rows).view(2, rows) + 100 * rank for rows in (1, 3, 7, 12)]
+    return [merge_over_workers(each.double(), rule, group) for each in numbers]
+
+
+@pytest.mark.parametrize("num_workers", [2, 3, 4])
+def test_numbers_of_rows_are_merged_in_worker_order(num_workers: int, tmp_path: Path) -> None:
+    for results in run_workers(merged, num_workers, tmp_path):
+        for got, rows in zip(results, (1, 3, 7, 12), strict=True):
+            first, second = torch.arange(2.0 * rows).view(2, rows).double()
+            weights = num_workers * (num_workers + 1) / 2
+            ranks = sum(100 * rank * (rank + 1) for rank in range(num_workers))
+            assert torch.equal(got[0], first + 100 * (num_workers - 1))
+            assert torch.equal(got[1], second * weights + ranks)
+
+
 def test_one_process_needs_no_group() -> None:
-    rows = torch.randn(4, D, requires_grad=True)
-    assert gather_rows(rows, (4,), None) is rows
+    rows = torch.randn(4, D)
     assert gather_uneven(rows, (4,), None) is rows
     assert torch.equal(gather_equal(rows, None), rows[None])
+    assert merge_over_workers(rows, lambda parts: parts.sum(0), None) is rows
     assert gather_objects("x", None) == ["x"]
     barrier(None)
 
