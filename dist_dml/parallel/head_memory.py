@@ -104,5 +104,7 @@ def largest_num_classes(
 
 
 def mebibytes(size: float) -> str:
-    """`1.5 MiB`, `3.2 GiB`."""
-    return f"{size / 2**30:.4g} GiB" if size >= 2**30 else f"{size / 2**20:.3g} MiB"
+    """`1.5 MiB`, `870 MiB`, `3.25 GiB`."""
+    if size >= 2**30:
+        return f"{size / 2**30:.2f} GiB"
+    return f"{size / 2**20:.0f} MiB" if size >= 100 * 2**20 else f"{size / 2**20:.3g} MiB"
