@@ -37,14 +37,14 @@ inline void store_gradient(Half* to, Lanes x, Lanes y) { store_halves(to, x, y);
 // Returns whether all exponentials were below `threshold` (false where one is not a number). `out`
 // may be `logits`: stores stay behind loads. `ahead(j)` is called once a class.
 template <class Out, class Ahead>
-inline bool logit_gradients(const float* logits, int64_t count, int64_t lanes, const float* factors,
-                            const float* bias, const float* normaliser, const float* factor,
-                            const float* offset, float threshold, Out* out, float* sums,
-                            Ahead ahead) {
+inline bool logit_gradients(const float* logits, int64_t count, int64_t lanes, int64_t ld,
+                            const float* factors, const float* bias, const float* normaliser,
+                            const float* factor, const float* offset, float threshold, Out* out,
+                            float* sums, Ahead ahead) {
   IntLanes small = IntLanes{} - 1;
   for (int64_t j = 0; j < count; ++j) {
     ahead(j);
-    const float* from = logits + j * lanes;
+    const float* from = logits + j * ld;
     Lanes f = all_lanes(factors[j]), b = all_lanes(bias[j]), total = Lanes{};
     for (int64_t i = 0; i < lanes; i += 2 * kLanes) {
       Lanes p = exp_of(f * load(from + i) + b - load(normaliser + i));
@@ -53,7 +53,7 @@ inline bool logit_gradients(const float* logits, int64_t count, int64_t lanes, c
       p = load(factor + i) * p - load(offset + i);
       q = load(factor + i + kLanes) * q - load(offset + i + kLanes);
       total += p + q;
-      store_gradient(out + j * lanes + i, p, q);
+      store_gradient(out + j * ld + i, p, q);
     }
     sums[j] = sum(total);
   }
@@ -74,7 +74,7 @@ class BackwardThread {
         with_gradient_(task.gradient || task.update),
         filter_(lanes.has_offsets ? 0.0f : problem.filter_below),
         weights_(problem, tiling, false),
-        logits_(tiling.tile * tiling.lanes),
+        logits_(tiling.tile * tiling.lane_ld),
         sums_(tiling.tile),
         gradient_(with_gradient_ ? tiling.tile * tiling.features : 0) {}
 
@@ -104,24 +104,25 @@ class BackwardThread {
 
  private:
   double add_chunk(int64_t chunk, float* bias_gradient) {
-    int64_t lanes = tiling_.lanes, count = weights_.count(), first = weights_.first();
+    int64_t lanes = tiling_.lanes, ld = tiling_.lane_ld;
+    int64_t count = weights_.count(), first = weights_.first();
     float* logits = logits_.get();
     if (task_.kept)
       logits = const_cast<float*>(task_.kept) +
-               (chunk * (problem_.num_classes + 1) + first) * lanes;
+               (chunk * (problem_.num_classes + 1) + first) * ld;
     else
       multiply(count, lanes, weights_.depth(), weights_.operand(), weights_.depth(),
-               rows_.transposed(chunk), lanes, logits, lanes, false);
+               rows_.transposed(chunk), ld, logits, ld, false);
     auto own = labels_.of_tile(chunk, first, count);
     saved_.clear();
     for (const LabelEntry& entry : own) {
-      float& logit = logits[(entry.column - first) * lanes + entry.row];
+      float& logit = logits[(entry.column - first) * ld + entry.row];
       saved_.push_back(logit);
       logit = kMinusInfinity;
     }
     Operand* out = reinterpret_cast<Operand*>(logits_.get());
     int64_t of_chunk = chunk * lanes;
-    bool small = logit_gradients(logits, count, lanes, weights_.factor(), weights_.bias(),
+    bool small = logit_gradients(logits, count, lanes, ld, weights_.factor(), weights_.bias(),
                                  lanes_.normaliser.data() + of_chunk,
                                  lanes_.factor.data() + of_chunk,
                                  lanes_.offset.data() + of_chunk, filter_, out, sums_.get(),
@@ -132,14 +133,14 @@ class BackwardThread {
     size_t index = 0;
     for (const LabelEntry& entry : own) {
       int64_t j = entry.column - first, row = chunk * tiling_.chunk + entry.row;
-      if (task_.kept) logits[j * lanes + entry.row] = saved_[index++];
-      set(out + j * lanes + entry.row, task_.label[row]);
+      if (task_.kept) logits[j * ld + entry.row] = saved_[index++];
+      set(out + j * ld + entry.row, task_.label[row]);
       sums_.get()[j] += task_.label[row] + task_.offset[row];
     }
     for (int64_t j = 0; j < count; ++j) bias_gradient[j] += sums_.get()[j];
     if (with_gradient_)
-      multiply(count, rows_.depth, rows_.plain_count(chunk), out, lanes, rows_.plain(chunk),
-               rows_.depth, gradient_.get(), tiling_.features, started_);
+      multiply(count, rows_.depth, rows_.plain_count(chunk), out, ld, rows_.plain(chunk),
+               rows_.plain_ld(), gradient_.get(), tiling_.features, started_);
     started_ = true;
     return 0;
   }
@@ -168,7 +169,7 @@ class BackwardThread {
     for (int64_t j = 0; j < count; ++j) {
       Lanes row = Lanes{};
       for (int64_t i = 0; i < tiling_.lanes; i += kLanes) {
-        Lanes g = load(out + j * tiling_.lanes + i);
+        Lanes g = load(out + j * tiling_.lane_ld + i);
         row += larger(g, -g);
       }
       total += sum(row);

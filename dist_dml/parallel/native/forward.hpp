@@ -14,11 +14,11 @@ namespace dist_dml {
 constexpr float kNoRival = -std::numeric_limits<float>::max() / 4;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
-// largest = max(largest, f s + b) over an even number of classes.
-inline void raise_largest(const float* logits, int64_t count, int64_t lanes, const float* factor,
-                          const float* bias, float* largest) {
+// largest = max(largest, f s + b) over an even number of classes, `ld` numbers apart.
+inline void raise_largest(const float* logits, int64_t count, int64_t lanes, int64_t ld,
+                          const float* factor, const float* bias, float* largest) {
   for (int64_t j = 0; j < count; j += 2) {
-    const float *first = logits + j * lanes, *second = first + lanes;
+    const float *first = logits + j * ld, *second = first + ld;
     Lanes f0 = all_lanes(factor[j]), b0 = all_lanes(bias[j]);
     Lanes f1 = all_lanes(factor[j + 1]), b1 = all_lanes(bias[j + 1]);
     for (int64_t i = 0; i < lanes; i += kLanes) {
@@ -33,13 +33,13 @@ inline void raise_largest(const float* logits, int64_t count, int64_t lanes, con
 // p f are stored: as they are, one class a row, or as pairs of classes. `out` may be `logits`:
 // stores stay behind loads. `ahead(j)` is called once a class.
 template <bool kGap, class Out, class Ahead>
-inline void exponentials(const float* logits, int64_t count, int64_t lanes, const float* factor,
-                         const float* bias, const float* largest, float* mass, float* gap,
-                         Out* out, Ahead ahead) {
+inline void exponentials(const float* logits, int64_t count, int64_t lanes, int64_t ld,
+                         const float* factor, const float* bias, const float* largest, float* mass,
+                         float* gap, Out* out, Ahead ahead) {
   for (int64_t j = 0; j < count; j += 2) {
     ahead(j);
     ahead(j + 1);
-    const float *first = logits + j * lanes, *second = first + lanes;
+    const float *first = logits + j * ld, *second = first + ld;
     Lanes f0 = all_lanes(factor[j]), b0 = all_lanes(bias[j]);
     Lanes f1 = all_lanes(factor[j + 1]), b1 = all_lanes(bias[j + 1]);
     for (int64_t i = 0; i < lanes; i += kLanes) {
@@ -53,10 +53,10 @@ inline void exponentials(const float* logits, int64_t count, int64_t lanes, cons
         store(gap + i, load(gap + i) - (x0 + x1));
       }
       if constexpr (std::is_same_v<Out, float>) {
-        store(out + j * lanes + i, p0 * f0);
-        store(out + (j + 1) * lanes + i, p1 * f1);
+        store(out + j * ld + i, p0 * f0);
+        store(out + (j + 1) * ld + i, p1 * f1);
       } else if constexpr (std::is_same_v<Out, Half>) {
-        store_pairs(out + j * lanes + 2 * i, p0 * f0, p1 * f1);
+        store_pairs(out + j * ld + 2 * i, p0 * f0, p1 * f1);
       }
     }
   }
@@ -73,7 +73,7 @@ class ForwardThread {
         labels_(labels),
         result_(result),
         weights_(problem, tiling, result.pull != nullptr),
-        products_((rounded_up(tiling.tile, 2 * kLanes) + 2) * tiling.lanes),
+        products_((rounded_up(tiling.tile, 2 * kLanes) + 2) * tiling.lane_ld),
         largest_(tiling.block * tiling.lanes),
         before_(tiling.lanes),
         tile_mass_(tiling.lanes),
@@ -110,18 +110,18 @@ class ForwardThread {
  private:
   void add_chunk(int64_t chunk, int64_t k) {
     int64_t lanes = tiling_.lanes, count = weights_.count(), even = count + count % 2;
-    int64_t ld = lanes, first = weights_.first();
+    int64_t ld = tiling_.lane_ld, first = weights_.first();
     float* logits = products_.get();
     if (result_.kept)  // A chunk's logits of all classes lie together.
-      logits = result_.kept + (chunk * (problem_.num_classes + 1) + first) * lanes;
+      logits = result_.kept + (chunk * (problem_.num_classes + 1) + first) * ld;
     multiply(count, lanes, weights_.depth(), weights_.operand(), weights_.depth(),
-             rows_.transposed(chunk), lanes, logits, ld, false);
-    if (even > count) std::fill_n(logits + count * lanes, lanes, kMinusInfinity);
+             rows_.transposed(chunk), ld, logits, ld, false);
+    if (even > count) std::fill_n(logits + count * ld, lanes, kMinusInfinity);
     auto own = labels_.of_tile(chunk, first, count);
     saved_.clear();
     for (const LabelEntry& entry : own) {
       int64_t j = entry.column - first;
-      float& logit = logits[j * lanes + entry.row];
+      float& logit = logits[j * ld + entry.row];
       saved_.push_back(logit);
       result_.label[chunk * tiling_.chunk + entry.row] =
           weights_.factor()[j] * logit + weights_.bias()[j];
@@ -133,7 +133,7 @@ class ForwardThread {
     size_t index = 0;
     for (const LabelEntry& entry : own) {
       others_[k * lanes + entry.row] -= 1;
-      if (result_.kept) logits[(entry.column - first) * lanes + entry.row] = saved_[index++];
+      if (result_.kept) logits[(entry.column - first) * ld + entry.row] = saved_[index++];
     }
     if (result_.pull) add_pull(k);
   }
@@ -143,7 +143,8 @@ class ForwardThread {
     int64_t lanes = tiling_.lanes;
     float *largest = largest_.get() + k * lanes, *before = before_.get();
     std::copy_n(largest, lanes, before);
-    raise_largest(logits, even, lanes, weights_.factor(), weights_.bias(), largest);
+    raise_largest(logits, even, lanes, tiling_.lane_ld, weights_.factor(), weights_.bias(),
+                  largest);
     for (int64_t i = 0; i < lanes; i += kLanes) {
       Lanes now = load(largest + i), then = load(before + i);
       if (!any(now > then)) continue;
@@ -170,10 +171,9 @@ class ForwardThread {
       if (j < left) prefetch(weight_at<Weight>(problem_, next_ + j), problem_.num_features);
     };
     auto run = [&](auto with_gap, auto* out) {
-      exponentials<decltype(with_gap)::value>(logits, even, lanes, weights_.factor(),
-                                              weights_.bias(), largest_.get() + k * lanes,
-                                              tile_mass_.get(), tile_gap_.get(), out,
-                                              ahead);
+      exponentials<decltype(with_gap)::value>(
+          logits, even, lanes, tiling_.lane_ld, weights_.factor(), weights_.bias(),
+          largest_.get() + k * lanes, tile_mass_.get(), tile_gap_.get(), out, ahead);
     };
     auto with_out = [&](auto* out) {
       if (result_.with_gap) run(std::true_type{}, out);
@@ -188,13 +188,13 @@ class ForwardThread {
   }
 
   void add_pull(int64_t k) {
-    int64_t lanes = tiling_.lanes, padded = weights_.padded_count();
+    int64_t lanes = tiling_.lanes, ld = tiling_.lane_ld, padded = weights_.padded_count();
     Operand* products = reinterpret_cast<Operand*>(products_.get());
     int64_t even = weights_.count() + weights_.count() % 2;
-    if (even < padded) std::fill_n(products + even * lanes, (padded - even) * lanes, Operand{});
+    if (even < padded) std::fill_n(products + even * ld, (padded - even) * ld, Operand{});
     float* pull = pull_.get() + k * problem_.num_features * lanes;
     multiply(problem_.num_features, lanes, padded, weights_.transposed(),
-             weights_.transposed_ld(), products, lanes, pull, lanes, true);
+             weights_.transposed_ld(), products, ld, pull, lanes, true);
   }
 
   const Problem& problem_;

@@ -49,26 +49,27 @@ class PackedRows<float> {
       : problem_(problem),
         tiling_(tiling),
         depth(problem.num_features),
-        transposed_(tiling.num_chunks * depth * tiling.lanes) {}
+        transposed_(tiling.num_chunks * depth * tiling.lane_ld) {}
 
   void pack(int64_t chunk) {
-    float* to = transposed_.get() + chunk * depth * tiling_.lanes;
+    float* to = transposed_.get() + chunk * depth * tiling_.lane_ld;
     const float* from = plain(chunk);
     int64_t count = tiling_.chunk_rows(problem_, chunk);
     for (int64_t d = 0; d < depth; ++d)
       for (int64_t i = 0; i < tiling_.lanes; ++i)
-        to[d * tiling_.lanes + i] = i < count ? from[i * depth + d] : 0.0f;
+        to[d * tiling_.lane_ld + i] = i < count ? from[i * depth + d] : 0.0f;
   }
 
-  // (depth, lanes), for logits.
+  // (depth, lanes) at the distance `lane_ld`, for logits.
   const float* transposed(int64_t chunk) const {
-    return transposed_.get() + chunk * depth * tiling_.lanes;
+    return transposed_.get() + chunk * depth * tiling_.lane_ld;
   }
 
-  // (count, ld), for weights' gradients.
+  // (count, depth) at the distance `plain_ld`, for weights' gradients.
   const float* plain(int64_t chunk) const {
     return problem_.rows + chunk * tiling_.chunk * depth;
   }
+  int64_t plain_ld() const { return depth; }
   int64_t plain_count(int64_t chunk) const { return tiling_.chunk_rows(problem_, chunk); }
 
  private:
@@ -90,30 +91,33 @@ class PackedRows<Half> {
         tiling_(tiling),
         depth(tiling.features),
         with_plain_(with_plain),
-        transposed_(tiling.num_chunks * depth * tiling.lanes),
-        plain_(with_plain ? tiling.num_chunks * depth * tiling.lanes : 0) {}
+        transposed_(tiling.num_chunks * depth * tiling.lane_ld),
+        plain_(with_plain ? tiling.num_chunks * tiling.lanes * tiling.feature_ld : 0) {}
 
   void pack(int64_t chunk) {
-    int64_t lanes = tiling_.lanes, d_end = problem_.num_features;
+    int64_t lanes = tiling_.lanes, ld = tiling_.lane_ld, d_end = problem_.num_features;
     int64_t count = tiling_.chunk_rows(problem_, chunk);
     const float* from = problem_.rows + chunk * tiling_.chunk * d_end;
-    Half* across = transposed_.get() + chunk * depth * lanes;
-    Half* along = plain_.get() + (with_plain_ ? chunk * depth * lanes : 0);
+    Half* across = transposed_.get() + chunk * depth * ld;
+    Half* along = plain_.get() + (with_plain_ ? chunk * lanes * plain_ld() : 0);
     for (int64_t i = 0; i < lanes; ++i)
       for (int64_t d = 0; d < depth; ++d) {
         Half x = half_of(i < count && d < d_end ? from[i * d_end + d] : 0.0f);
-        across[(d / 2 * lanes + i) * 2 + d % 2] = x;
-        if (with_plain_) along[(i / 2 * depth + d) * 2 + i % 2] = x;
+        across[(d / 2 * ld + i) * 2 + d % 2] = x;
+        if (with_plain_) along[(i / 2 * plain_ld() + d) * 2 + i % 2] = x;
       }
   }
 
-  // Pairs of features (depth / 2, lanes, 2), for logits.
+  // Pairs of features (depth / 2, lanes, 2) at the distance of `lane_ld` pairs, for logits.
   const Half* transposed(int64_t chunk) const {
-    return transposed_.get() + chunk * depth * tiling_.lanes;
+    return transposed_.get() + chunk * depth * tiling_.lane_ld;
   }
 
-  // Pairs of rows (count / 2, depth, 2), for weights' gradients.
-  const Half* plain(int64_t chunk) const { return plain_.get() + chunk * depth * tiling_.lanes; }
+  // Pairs of rows (count / 2, depth, 2) at the distance of `plain_ld`, for weights' gradients.
+  const Half* plain(int64_t chunk) const {
+    return plain_.get() + chunk * tiling_.lanes * plain_ld();
+  }
+  int64_t plain_ld() const { return tiling_.feature_ld; }
   int64_t plain_count(int64_t) const { return tiling_.lanes; }
 
  private:

@@ -64,7 +64,7 @@ int dist_dml_backward(const Problem* problem, const BackwardTask* task, char* me
 // Floats that `kept` takes.
 int64_t dist_dml_kept_size(const Problem* problem) {
   Tiling tiling(*problem);
-  return tiling.num_chunks * (problem->num_classes + 1) * tiling.lanes;
+  return tiling.num_chunks * (problem->num_classes + 1) * tiling.lane_ld;
 }
 
 // A 32 x 32 x 32 product of ones, really computed: processors without the instructions refuse.
