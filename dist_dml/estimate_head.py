@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 
@@ -15,7 +14,7 @@ from dist_dml.losses.softmax import RowLoss, softmax_form
 from dist_dml.parallel.backend_costs import BACKENDS, Backend
 from dist_dml.parallel.cost import HeadShape, SweepCost, SweepPlan, sweep_cost
 from dist_dml.parallel.head_memory import MemoryItem, memory_of
-from dist_dml.parallel.machine import DtypeName, Machine
+from dist_dml.parallel.machine import Machine
 from dist_dml.parallel.sweep_choice import choose_sweep
 
 
@@ -86,7 +85,7 @@ def shape_of(
         workers,
         config.training.accumulate,
         centres=objective.centres,
-        operand_dtype=cast(DtypeName, config.loss.tile_dtype),
+        operand_dtype="bfloat16" if config.loss.tile_dtype == "bfloat16" else "float32",
         weight_dtype=classes.weight_dtype,
         state_dtype=classes.state_dtype,
         optimizer=kind,

@@ -142,8 +142,12 @@ class LossConfig(BaseModel):
     """Standard deviation of the initial class weights, drawn by class id. Paper B: 0."""
     tile_mebibytes: Positive = 256.0
     """Most memory a step may use beyond class weights, their gradient and optimizer state."""
-    tile_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Operands of the tiles' matrix products; sums, exponentials and updates stay in float32."""
+    tile_dtype: Literal["float32", "bfloat16x3", "bfloat16"] = "float32"
+    """Operands of the tiles' matrix products; sums, exponentials and updates stay in float32.
+    `bfloat16x3` splits float32 operands in two and makes three products of one, with 16 bits of
+    mantissa (PyTorch's float32 precision "high"); the native kernels do so where the processor has
+    units for bfloat16, everything else computes in float32.
+    """
 
     @model_validator(mode="after")
     def _only_keys_that_are_read(self) -> LossConfig:

@@ -54,6 +54,8 @@ TOLERANCES = {
     torch.float32: Tolerance(logits=4e-7, products=4e-6),
     torch.bfloat16: Tolerance(logits=4e-7, products=2**-7),
 }
+# float32 as two bfloat16 keeps 2^-17 of each operand.
+SPLIT_TOLERANCE = Tolerance(logits=2**-16, products=2**-15)
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class KernelCase:
     operand_dtype: torch.dtype = torch.float32
     weight_dtype: torch.dtype = torch.float32
     num_pulled: int | None = None  # Of the backward sweep; None: all rows.
+    split_operands: bool = False
     tile_classes: int = 0
     row_chunk: int = 0
 
@@ -119,6 +122,7 @@ class KernelCase:
             self.logit_size if self.cosine else None,
             active,
             self.operand_dtype,
+            self.split_operands,
             self.tile_classes,
             self.row_chunk,
         )

@@ -55,6 +55,15 @@ def choose_backend(
     return found
 
 
+def splits_operands(config: LossConfig, backend: KernelBackend | None) -> bool:
+    """Whether products of float32 are made of three of bfloat16: asked for, and to be had."""
+    if config.tile_dtype != "bfloat16x3" or backend is None or not backend.pulls:
+        return False
+    from dist_dml.parallel.sweep_native import NativeBackend
+
+    return isinstance(backend, NativeBackend) and not backend.supports(torch.bfloat16)
+
+
 def choose_plan(
     classes: ClassesConfig,
     problem: ClassParallelProblem,

@@ -125,6 +125,7 @@ def _classes(problem: ClassParallelProblem, form: SoftmaxForm) -> KernelClasses:
         shard.scale,
         shard.active,
         shard.tile_dtype or torch.float32,
+        shard.split,
         problem.tile_classes,
         problem.row_chunk,
         problem.filter_below,

@@ -38,6 +38,9 @@ class KernelClasses:
         scale: factor of cosines, or None for inner products.
         active: (n,) int64, ascending: the local ids of the classes that take part; None: all c.
         operand_dtype: operands of the matrix products are rounded to it; sums are float32.
+        split_operands: float32 operands may be split into two bfloat16 each, and three products be
+            made of one (high x high, high x rest, rest x high): 16 bits of mantissa, where units
+            for bfloat16 are more than three times as fast. A backend without them takes float32.
         tile_classes: classes of a tile, 0 for the backend's choice.
         row_chunk: rows of a chunk, 0 for the backend's choice.
         filter_below: tiles whose probabilities are all smaller give no gradient; 0 filters nothing.
@@ -48,6 +51,7 @@ class KernelClasses:
     scale: float | None = None
     active: Int[Tensor, " n"] | None = None
     operand_dtype: torch.dtype = torch.float32
+    split_operands: bool = False
     tile_classes: int = 0
     row_chunk: int = 0
     filter_below: float = 0.0

@@ -20,7 +20,7 @@ from dist_dml.losses.margins import adaptive_margin, running_norms
 from dist_dml.losses.objectives import build_objective
 from dist_dml.losses.proxies import ColumnLoss
 from dist_dml.losses.softmax import RowLoss
-from dist_dml.parallel.backends import choose_backend, choose_plan
+from dist_dml.parallel.backends import choose_backend, choose_plan, splits_operands
 from dist_dml.parallel.class_optim import ClassOptimizer, weight_dtype
 from dist_dml.parallel.class_parallel import class_parallel_loss
 from dist_dml.parallel.class_partition import ClassPartition
@@ -106,7 +106,8 @@ class ClassParallelClassifier(nn.Module):
             classes, loss_config, self.objective.loss, torch.device(device), dtype
         )
         self.tile_bytes = int(loss_config.tile_mebibytes * 2**20)
-        self.tile_dtype = {"float32": None, "bfloat16": torch.bfloat16}[loss_config.tile_dtype]
+        self.tile_dtype = torch.bfloat16 if loss_config.tile_dtype == "bfloat16" else None
+        self.split = splits_operands(loss_config, self.backend)
         centres = self.objective.centres
         kept = dtype if classes.weight_dtype == "float32" else weight_dtype(classes)
         weight = _initial_weight(
@@ -305,6 +306,7 @@ class ClassParallelClassifier(nn.Module):
             self.scale,
             self.objective.centres,
             self.tile_dtype,
+            self.split,
             None if active is None else active.ids,
             None if active is None else active.correction,
         )

@@ -123,9 +123,9 @@ def _too_small(
     if sweep == "keep":
         needed += 4.0 * shape.sweep_rows * shape.columns
     return (
-        f"loss.tile_mebibytes={budget / 2**20:g} is too small for {shape.sweep_rows} rows of "
+        f"loss.tile_mebibytes={budget / 2**20:.3g} is too small for {shape.sweep_rows} rows of "
         f"{shape.embedding_dim} features with classes.sweep={sweep}; set it to "
-        f"{needed / 2**20:.1f} or more, or lower data.batch_size"
+        f"{max(needed / 2**20, 0.1):.1f} or more, or lower data.batch_size"
     )
 
 

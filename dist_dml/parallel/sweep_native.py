@@ -37,6 +37,7 @@ from dist_dml.parallel.native_build import load_library
 _MESSAGE_BYTES = 1024
 _KINDS = {"sgd": 0, "adam": 1, "adamw": 2, "adagrad": 3}
 _ROUNDINGS = {"nearest": 0, "stochastic": 1, "kahan": 2}
+_SPLIT = 2  # `operand` of float32 as two bfloat16, beside those of `_DTYPES`.
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -53,7 +54,7 @@ def _fields(names: str) -> list[tuple[str, type]]:
 class _Problem(_Structure):
     _fields_: ClassVar = _fields(
         "*rows num_rows num_features *columns *weight *bias *active num_classes .scale "
-        ".filter_below weight_is_half operand_is_half tile_classes row_chunk num_threads "
+        ".filter_below weight_is_half operand tile_classes row_chunk num_threads "
         "cache_bytes"
     )
 
@@ -194,7 +195,7 @@ class NativeBackend:
             scale=classes.scale or 0.0,
             filter_below=classes.filter_below,
             weight_is_half=_DTYPES[classes.weight.dtype],
-            operand_is_half=_DTYPES[classes.operand_dtype],
+            operand=_SPLIT if classes.split_operands else _DTYPES[classes.operand_dtype],
             tile_classes=classes.tile_classes,
             row_chunk=classes.row_chunk,
             num_threads=torch.get_num_threads(),

@@ -39,6 +39,7 @@ class ClassShard:
         bias: (c,) or None.
         scale: factor of cosines, or None for inner products.
         centres: K; with a bias it is 1.
+        split: whether kernels may split float32 operands, see `KernelClasses.split_operands`.
         tile_dtype: dtype of the operands of the matrix products, if not the rows'. Products are
             accumulated in float32; everything else is in the rows' dtype.
         active: (n,) local ids of the classes that take part, ascending, for K = 1; None: all c.
@@ -50,6 +51,7 @@ class ClassShard:
     scale: float | None = None
     centres: int = 1
     tile_dtype: torch.dtype | None = None
+    split: bool = False
     active: Int[Tensor, " n"] | None = None
     correction: Float[Tensor, " n"] | None = None
 
@@ -130,7 +132,7 @@ def tile_classes_within(tile_bytes: int, demand: TileDemand, element_size: int) 
     if tile_classes < _FEWEST_TILE_CLASSES:
         needed = max(0.1, (rows + _FEWEST_TILE_CLASSES * per_class) / 2**20)
         raise UsageError(
-            f"loss.tile_mebibytes={tile_bytes / 2**20:g} is too small for {demand.num_rows} rows "
+            f"loss.tile_mebibytes={tile_bytes / 2**20:.3g} is too small for {demand.num_rows} rows "
             f"of {demand.num_features} features; set it to {needed:.1f} or more, or lower "
             "data.batch_size"
         )

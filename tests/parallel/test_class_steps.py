@@ -182,6 +182,16 @@ def test_50_steps_in_place_equal_torch_optim(backend: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("loss", LOSSES)
+def test_split_operands_follow_the_dense_twin(loss: str) -> None:
+    config = LOSSES[loss].model_copy(update={"tile_dtype": "bfloat16x3"})
+    for backend in ("native", "torch"):
+        classes = ClassesConfig.model_validate({"backend": backend})
+        classifier = classifier_of(config, OPTIMIZERS["sgd"], classes)
+        assert not (backend == "torch" and classifier.split)  # It computes in float32.
+        assert_same_steps(classifier, config, OPTIMIZERS["sgd"], 20, 2e-3)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("sweep", SWEEPS)
 @pytest.mark.parametrize("backend", ["torch", "native"])
 def test_every_sweep_equals_the_dense_twin(backend: Any, sweep: Any, loss: str) -> None:

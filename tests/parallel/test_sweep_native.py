@@ -15,6 +15,7 @@ from dense_kernels import dense_forward, dense_update
 from kernel_cases import (
     BACKWARD_CASES,
     FORWARD_CASES,
+    SPLIT_TOLERANCE,
     KernelCase,
     check_backward,
     check_forward,
@@ -73,6 +74,39 @@ def test_sums_are_the_twins(backend: NativeBackend, case: KernelCase) -> None:
 def test_gradients_are_the_twins(backend: NativeBackend, case: KernelCase) -> None:
     skip_without_products(backend, case.operand_dtype)
     check_backward(backend, case)
+
+
+FLOAT32_FORWARD = [case for case in FORWARD_CASES if case.operand_dtype == torch.float32]
+FLOAT32_BACKWARD = [case for case in BACKWARD_CASES if case.operand_dtype == torch.float32]
+
+
+@pytest.mark.parametrize("case", FLOAT32_FORWARD, ids=str)
+def test_sums_of_split_operands_keep_16_bits(backend: NativeBackend, case: KernelCase) -> None:
+    skip_without_products(backend, torch.bfloat16)
+    check_forward(backend, replace(case, split_operands=True), SPLIT_TOLERANCE)
+
+
+@pytest.mark.parametrize("case", FLOAT32_BACKWARD, ids=str)
+def test_gradients_of_split_operands_keep_16_bits(backend: NativeBackend, case: KernelCase) -> None:
+    skip_without_products(backend, torch.bfloat16)
+    check_backward(backend, replace(case, split_operands=True), SPLIT_TOLERANCE)
+
+
+def test_split_operands_are_between_bfloat16_and_float32(backend: NativeBackend) -> None:
+    """Hundreds of times closer than bfloat16: the rest of each operand is not lost."""
+    skip_without_products(backend, torch.bfloat16)
+    rows, columns, classes = SEVERAL_TILES.tensors()
+    wanted = dense_forward(rows, columns, classes, False)
+
+    def error(other: KernelClasses) -> float:
+        found = backend.forward(rows, columns, other, False, True, False)
+        assert found.pull is not None
+        assert wanted.pull is not None
+        return ((found.pull - wanted.pull).abs().max() / wanted.pull.abs().max()).item()
+
+    halves = error(replace(classes, operand_dtype=torch.bfloat16))
+    split = error(replace(classes, split_operands=True))
+    assert error(classes) < split < halves / 100
 
 
 @pytest.mark.parametrize("case", UPDATE_CASES, ids=str)

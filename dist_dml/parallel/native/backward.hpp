@@ -32,6 +32,12 @@ inline void store_gradient(float* to, Lanes x, Lanes y) {
   store(to + kLanes, y);
 }
 inline void store_gradient(Half* to, Lanes x, Lanes y) { store_halves(to, x, y); }
+inline void store_gradient(SplitPointer to, Lanes x, Lanes y) {
+  store_halves(to.high, x, y);
+  store_halves(to.rest, x - rounded_to_half(x), y - rounded_to_half(y));
+}
+
+inline Lanes load(SplitPointer from) { return load(from.high) + load(from.rest); }
 
 // G = factor exp(f s + b - normaliser) - offset of `count` classes, and its sums over lanes.
 // Returns whether all exponentials were below `threshold` (false where one is not a number). `out`
@@ -39,7 +45,7 @@ inline void store_gradient(Half* to, Lanes x, Lanes y) { store_halves(to, x, y);
 template <class Out, class Ahead>
 inline bool logit_gradients(const float* logits, int64_t count, int64_t lanes, int64_t ld,
                             const float* factors, const float* bias, const float* normaliser,
-                            const float* factor, const float* offset, float threshold, Out* out,
+                            const float* factor, const float* offset, float threshold, Out out,
                             float* sums, Ahead ahead) {
   IntLanes small = IntLanes{} - 1;
   for (int64_t j = 0; j < count; ++j) {
@@ -76,7 +82,8 @@ class BackwardThread {
         weights_(problem, tiling, false),
         logits_(tiling.tile * tiling.lane_ld),
         sums_(tiling.tile),
-        gradient_(with_gradient_ ? tiling.tile * tiling.features : 0) {}
+        gradient_(with_gradient_ ? tiling.tile * tiling.features : 0),
+        rest_(std::is_same_v<Operand, Split> ? tiling.tile * tiling.lane_ld : 0) {}
 
   // One tile from logits to update, while memory of the next one is asked for. Returns the mass
   // that was left out.
@@ -120,7 +127,11 @@ class BackwardThread {
       saved_.push_back(logit);
       logit = kMinusInfinity;
     }
-    Operand* out = reinterpret_cast<Operand*>(logits_.get());
+    PointerTo<Operand> out;
+    if constexpr (std::is_same_v<Operand, Split>)
+      out = {reinterpret_cast<Half*>(logits_.get()), rest_.get()};
+    else
+      out = reinterpret_cast<Operand*>(logits_.get());
     int64_t of_chunk = chunk * lanes;
     bool small = logit_gradients(logits, count, lanes, ld, weights_.factor(), weights_.bias(),
                                  lanes_.normaliser.data() + of_chunk,
@@ -160,11 +171,8 @@ class BackwardThread {
       prefetch(weight_at<Weight>(problem_, next_ + j), problem_.num_features);
   }
 
-  static void set(float* to, float x) { *to = x; }
-  static void set(Half* to, float x) { *to = half_of(x); }
-
   // Sum of |G|: without offsets, |factor| times the probabilities; 0 in lanes without a row.
-  double mass(const Operand* out, int64_t count) const {
+  double mass(PointerTo<Operand> out, int64_t count) const {
     double total = 0;
     for (int64_t j = 0; j < count; ++j) {
       Lanes row = Lanes{};
@@ -218,6 +226,7 @@ class BackwardThread {
   float filter_;
   WeightTile<Weight, Operand> weights_;
   Buffer<float> logits_, sums_, gradient_;
+  Buffer<Half> rest_;  // Of the logits' gradient, what bfloat16 leaves.
   RowUpdate<Weight, float> update_float_{problem_, update_of(task_)};
   RowUpdate<Weight, Half> update_half_{problem_, update_of(task_)};
   std::vector<float> saved_;
@@ -241,7 +250,7 @@ void backward(const Problem& problem, const BackwardTask& task) {
   std::vector<int64_t> filtered(num_threads);
   std::atomic<int64_t> next{0};
   pool.run(num_threads, [&](int t) {
-    ReleaseProducts release(std::is_same_v<Operand, Half>);
+    ReleaseProducts release(!std::is_same_v<Operand, float>);
     BackwardThread<Weight, Operand> thread(problem, tiling, rows, labels, lanes, task);
     int64_t tile = next.fetch_add(1);
     for (int64_t after; tile < tiling.num_tiles; tile = after) {

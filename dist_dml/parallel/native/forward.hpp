@@ -35,7 +35,7 @@ inline void raise_largest(const float* logits, int64_t count, int64_t lanes, int
 template <bool kGap, class Out, class Ahead>
 inline void exponentials(const float* logits, int64_t count, int64_t lanes, int64_t ld,
                          const float* factor, const float* bias, const float* largest, float* mass,
-                         float* gap, Out* out, Ahead ahead) {
+                         float* gap, Out out, Ahead ahead) {
   for (int64_t j = 0; j < count; j += 2) {
     ahead(j);
     ahead(j + 1);
@@ -52,10 +52,14 @@ inline void exponentials(const float* logits, int64_t count, int64_t lanes, int6
         x1 = x1 == kMinusInfinity ? Lanes{} : x1;
         store(gap + i, load(gap + i) - (x0 + x1));
       }
-      if constexpr (std::is_same_v<Out, float>) {
+      if constexpr (std::is_same_v<Out, float*>) {
         store(out + j * ld + i, p0 * f0);
         store(out + (j + 1) * ld + i, p1 * f1);
-      } else if constexpr (std::is_same_v<Out, Half>) {
+      } else if constexpr (std::is_same_v<Out, SplitPointer>) {
+        Lanes x = p0 * f0, y = p1 * f1;
+        store_pairs(out.high + j * ld + 2 * i, x, y);
+        store_pairs(out.rest + j * ld + 2 * i, x - rounded_to_half(x), y - rounded_to_half(y));
+      } else if constexpr (std::is_same_v<Out, Half*>) {
         store_pairs(out + j * ld + 2 * i, p0 * f0, p1 * f1);
       }
     }
@@ -74,6 +78,8 @@ class ForwardThread {
         result_(result),
         weights_(problem, tiling, result.pull != nullptr),
         products_((rounded_up(tiling.tile, 2 * kLanes) + 2) * tiling.lane_ld),
+        rest_(std::is_same_v<Operand, Split> && result.pull
+                  ? (rounded_up(tiling.tile, 2 * kLanes) + 2) * tiling.lane_ld : 0),
         largest_(tiling.block * tiling.lanes),
         before_(tiling.lanes),
         tile_mass_(tiling.lanes),
@@ -82,7 +88,7 @@ class ForwardThread {
 
   // Sums the tiles `from` to `to` of `num_chunks` chunks from `first_chunk` on.
   void sweep(int64_t from, int64_t to, int64_t first_chunk, int64_t num_chunks) {
-    ReleaseProducts release(std::is_same_v<Operand, Half>);
+    ReleaseProducts release(!std::is_same_v<Operand, float>);
     int64_t count = num_chunks * tiling_.lanes;
     std::fill_n(largest_.get(), count, kNoRival);
     mass_.assign(count, 0.0);
@@ -170,17 +176,17 @@ class ForwardThread {
     auto ahead = [&](int64_t j) {
       if (j < left) prefetch(weight_at<Weight>(problem_, next_ + j), problem_.num_features);
     };
-    auto run = [&](auto with_gap, auto* out) {
+    auto run = [&](auto with_gap, auto out) {
       exponentials<decltype(with_gap)::value>(
           logits, even, lanes, tiling_.lane_ld, weights_.factor(), weights_.bias(),
           largest_.get() + k * lanes, tile_mass_.get(), tile_gap_.get(), out, ahead);
     };
-    auto with_out = [&](auto* out) {
+    auto with_out = [&](auto out) {
       if (result_.with_gap) run(std::true_type{}, out);
       else run(std::false_type{}, out);
     };
-    if (result_.pull) with_out(reinterpret_cast<Operand*>(products_.get()));
-    else with_out(static_cast<void*>(nullptr));
+    if (result_.pull) with_out(products());
+    else with_out(nullptr);
     for (int64_t i = 0; i < lanes; ++i) {  // float32 within a tile, float64 over tiles.
       mass_[k * lanes + i] += tile_mass_.get()[i];
       gap_[k * lanes + i] += tile_gap_.get()[i];
@@ -189,12 +195,20 @@ class ForwardThread {
 
   void add_pull(int64_t k) {
     int64_t lanes = tiling_.lanes, ld = tiling_.lane_ld, padded = weights_.padded_count();
-    Operand* products = reinterpret_cast<Operand*>(products_.get());
     int64_t even = weights_.count() + weights_.count() % 2;
-    if (even < padded) std::fill_n(products + even * ld, (padded - even) * ld, Operand{});
+    for (int64_t at = even * ld; at < padded * ld; ++at) set(products() + at, 0.0f);
     float* pull = pull_.get() + k * problem_.num_features * lanes;
     multiply(problem_.num_features, lanes, padded, weights_.transposed(),
-             weights_.transposed_ld(), products, ld, pull, lanes, true);
+             weights_.transposed_ld(), products(), ld, pull, lanes, true);
+  }
+
+  // Exponentials take the place of the logits they are made of; what bfloat16 leaves of them has
+  // its own.
+  PointerTo<Operand> products() const {
+    if constexpr (std::is_same_v<Operand, Split>)
+      return {reinterpret_cast<Half*>(products_.get()), rest_.get()};
+    else
+      return reinterpret_cast<Operand*>(products_.get());
   }
 
   const Problem& problem_;
@@ -203,7 +217,9 @@ class ForwardThread {
   const Labels& labels_;
   const ForwardResult& result_;
   WeightTile<Weight, Operand> weights_;
-  Buffer<float> products_, largest_, before_, tile_mass_, tile_gap_, pull_;
+  Buffer<float> products_;
+  Buffer<Half> rest_;
+  Buffer<float> largest_, before_, tile_mass_, tile_gap_, pull_;
   std::vector<double> mass_, gap_, others_;
   std::vector<float> saved_;
   int64_t next_ = 0;  // The next tile's first class; n if there is none.

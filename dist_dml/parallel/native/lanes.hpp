@@ -139,6 +139,15 @@ inline void store_halves(Half* to, Lanes first, Lanes second) {
 #endif
 }
 
+// Rounded to the nearest bfloat16, as float32.
+inline Lanes rounded_to_half(Lanes x) {
+#if defined(__AVX512BF16__)
+  return widened(bits_as<HalfLanes>(_mm512_cvtneps_pbh(x)));
+#else
+  return bits_as<Lanes>(nearest_half(x));
+#endif
+}
+
 // Two vectors, rounded to nearest, lane by lane: the layout of pairs that bfloat16 products read.
 inline void store_pairs(Half* to, Lanes first, Lanes second) {
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)

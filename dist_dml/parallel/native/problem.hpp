@@ -23,7 +23,8 @@ struct Problem {
   int64_t num_classes;     // n
   double scale;            // 0 for inner products.
   double filter_below;
-  int64_t weight_is_half, operand_is_half;
+  int64_t weight_is_half;
+  int64_t operand;  // Of products: 0 float32, 1 bfloat16, 2 float32 as two bfloat16.
   int64_t tile_classes, row_chunk, num_threads, cache_bytes;  // 0: tile and chunk are chosen.
 
   int64_t weight_row(int64_t position) const { return active ? active[position] : position; }
@@ -97,9 +98,9 @@ struct Tiling {
     // pass the weights would be read more often; with more, the pull would leave the cache.
     int64_t fitting = problem.cache_bytes / 4 / (4 * depth) / kRound * kRound;
     fitting = std::max<int64_t>(fitting, 64);
-    int64_t operand = problem.operand_is_half ? 2 : 4;
+    int64_t operand = problem.operand == 1 ? 2 : 4;
     // float32 products of 256 x 512 read their second operand from further away than of 128 x 512.
-    int64_t whole = problem.operand_is_half ? fitting : std::max<int64_t>(fitting / 2, 64);
+    int64_t whole = problem.operand != 0 ? fitting : std::max<int64_t>(fitting / 2, 64);
     chunk = problem.row_chunk ? problem.row_chunk : std::min<int64_t>(whole, 256);
     chunk = std::min(chunk, std::max<int64_t>(problem.num_rows, 1));
     num_chunks = (problem.num_rows + chunk - 1) / chunk;

@@ -29,12 +29,13 @@ int guarded(char* message, int64_t size, Call call) {
 // Calls with (Weight*, Operand*) of the problem's dtypes.
 template <class Call>
 void with_types(const Problem& problem, Call call) {
-  float* single = nullptr;
-  Half* half = nullptr;
-  if (problem.weight_is_half)
-    problem.operand_is_half ? call(half, half) : call(half, single);
-  else
-    problem.operand_is_half ? call(single, half) : call(single, single);
+  auto with_operand = [&](auto* weight) {
+    if (problem.operand == 2) call(weight, static_cast<Split*>(nullptr));
+    else if (problem.operand == 1) call(weight, static_cast<Half*>(nullptr));
+    else call(weight, static_cast<float*>(nullptr));
+  };
+  if (problem.weight_is_half) with_operand(static_cast<Half*>(nullptr));
+  else with_operand(static_cast<float*>(nullptr));
 }
 
 }  // namespace

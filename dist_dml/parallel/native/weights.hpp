@@ -67,23 +67,12 @@ class WeightTile {
 
   // Makes (D, padded count) of the operand; classes that are not there are zeros.
   void transpose_operand() {
-    int64_t depth = problem_.num_features;
-    for (int64_t j = 0; j < padded_count(); j += kLanes)
-      for (int64_t d = 0; d < depth; d += kLanes) {
-        Lanes block[kLanes];
-        int64_t part = std::min(kLanes, depth_ - d);
-        for (int64_t i = 0; i < kLanes; ++i) {
-          if (j + i >= count_) block[i] = Lanes{};
-          else if (part == kLanes) block[i] = load(operand_ + (j + i) * depth_ + d);
-          else block[i] = load_part(operand_ + (j + i) * depth_ + d, part);
-        }
-        transpose(block);
-        for (int64_t i = 0; i < std::min(kLanes, depth - d); ++i) {
-          Operand* to = transposed_.get() + (d + i) * tile_padded_ + j;
-          if constexpr (std::is_same_v<Operand, float>) store(to, block[i]);
-          else store(to, bits_as<BitLanes>(block[i]));
-        }
-      }
+    if constexpr (std::is_same_v<Operand, Split>) {
+      transpose_plane(operand_.high, transposed_.get().high);
+      transpose_plane(operand_.rest, transposed_.get().rest);
+    } else {
+      transpose_plane(operand_, transposed_.get());
+    }
   }
 
   Weight* row(int64_t j) const { return weight_at<Weight>(problem_, first_ + j); }
@@ -94,14 +83,35 @@ class WeightTile {
     return std::is_same_v<Operand, float> ? count_ : rounded_up(count_, 2 * kLanes);
   }
   int64_t depth() const { return depth_; }
-  const Operand* operand() const { return operand_; }
-  const Operand* transposed() const { return transposed_.get(); }
+  PointerTo<Operand> operand() const { return operand_; }
+  PointerTo<Operand> transposed() const { return transposed_.get(); }
   int64_t transposed_ld() const { return tile_padded_; }
   const float* factor() const { return factor_.get(); }  // f, 1 for inner products.
   const float* square() const { return square_.get(); }  // |w|^2, at least the smallest norm's.
   const float* bias() const { return bias_.get(); }
 
  private:
+  template <class Element>
+  void transpose_plane(const Element* from, Element* to) const {
+    int64_t depth = problem_.num_features;
+    for (int64_t j = 0; j < padded_count(); j += kLanes)
+      for (int64_t d = 0; d < depth; d += kLanes) {
+        Lanes block[kLanes];
+        int64_t part = std::min(kLanes, depth_ - d);
+        for (int64_t i = 0; i < kLanes; ++i) {
+          if (j + i >= count_) block[i] = Lanes{};
+          else if (part == kLanes) block[i] = load(from + (j + i) * depth_ + d);
+          else block[i] = load_part(from + (j + i) * depth_ + d, part);
+        }
+        transpose(block);
+        for (int64_t i = 0; i < std::min(kLanes, depth - d); ++i) {
+          Element* target = to + (d + i) * tile_padded_ + j;
+          if constexpr (std::is_same_v<Element, float>) store(target, block[i]);
+          else store(target, bits_as<BitLanes>(block[i]));
+        }
+      }
+  }
+
   float square_of_row(int64_t j) const {
     if (problem_.scale == 0) return 1.0f;
     const Weight* from = row(j);
@@ -120,9 +130,16 @@ class WeightTile {
 
   float copy_row(int64_t j) const {
     const Weight* from = row(j);
-    Operand* to = copy_.get() + j * depth_;
+    PointerTo<Operand> to = copy_.get() + j * depth_;
     Lanes squares = Lanes{};
     int64_t depth = problem_.num_features, d = 0;
+    if constexpr (std::is_same_v<Operand, Split>)
+      for (; d + 2 * kLanes <= depth; d += 2 * kLanes) {
+        Lanes x = load(from + d), y = load(from + d + kLanes);
+        squares += x * x + y * y;
+        store_halves(to.high + d, x, y);
+        store_halves(to.rest + d, x - rounded_to_half(x), y - rounded_to_half(y));
+      }
     if constexpr (!kSame && std::is_same_v<Operand, Half>)
       for (; d + 2 * kLanes <= depth; d += 2 * kLanes) {
         Lanes x = load(from + d), y = load(from + d + kLanes);
@@ -137,6 +154,9 @@ class WeightTile {
       if constexpr (std::is_same_v<Operand, float>) {
         if (room == kLanes) store(to + d, x);
         else store_part(to + d, x, room);
+      } else if constexpr (std::is_same_v<Operand, Split>) {
+        store_part(to.high + d, nearest_half(x), room);
+        store_part(to.rest + d, nearest_half(x - rounded_to_half(x)), room);
       } else {
         if (room == kLanes) store(to + d, nearest_half(x));
         else store_part(to + d, nearest_half(x), room);
@@ -149,10 +169,10 @@ class WeightTile {
   int64_t depth_;
   bool in_place_;
   int64_t tile_padded_;
-  Buffer<Operand> copy_, transposed_;
+  Operands<Operand> copy_, transposed_;
   Buffer<float> factor_, square_, bias_;
   int64_t first_ = 0, count_ = 0;
-  const Operand* operand_ = nullptr;
+  PointerTo<Operand> operand_{};
 };
 
 }  // namespace dist_dml
