@@ -66,7 +66,7 @@ ui: $(READY)
 	$(BIN)/dist-dml ui --root runs
 
 bench: $(READY)
-	@echo "== bench: the class-parallel head against PyTorch's own functions, ratios in one run"
+	@echo "== bench: the class-parallel head against its peers and the machine's own rates, with verdicts"
 	$(BIN)/python tools/bench_head.py
 	@echo "== bench: time, memory and error of every loss, as ratios to cross-entropy"
 	$(BIN)/python tools/bench_losses.py

@@ -24,7 +24,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -170,6 +169,9 @@ def load_classes(checkpoint: Path, manifest: Manifest, classifier: ClassParallel
     """Fill a worker's classes from whichever files hold them, for any number of workers then or
     now.
 
+    Rows go from the mapped files straight to their places: nothing of the size of the classes is
+    held beside them.
+
     Raises:
         UsageError: if the checkpoint has another number of classes.
     """
@@ -179,7 +181,7 @@ def load_classes(checkpoint: Path, manifest: Manifest, classifier: ClassParallel
             f"checkpoint {checkpoint} has {manifest.num_classes} classes, the data "
             f"{partition.num_classes}; resume with its data set and data.num_classes"
         )
-    pieces: dict[str, list[Tensor]] = {}
+    own, found = classifier.shard_tensors(), {}
     for start, stop, name in sorted(manifest.class_files):
         first, last = max(start, partition.start), min(stop, partition.stop)
         if first >= last:
@@ -187,10 +189,11 @@ def load_classes(checkpoint: Path, manifest: Manifest, classifier: ClassParallel
         with safe_open(checkpoint / name, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (not a mapping)
                 rows = file.get_slice(key)
-                scalar = rows.get_shape() == []
-                piece = file.get_tensor(key) if scalar else rows[first - start : last - start]
-                pieces.setdefault(key, []).append(piece)
-    joined = {
-        key: parts[0] if parts[0].ndim == 0 else torch.cat(parts) for key, parts in pieces.items()
-    }
-    classifier.load_shard_tensors(joined)
+                if rows.get_shape() == []:
+                    found[key] = file.get_tensor(key)
+                elif key in own:
+                    place = slice(first - partition.start, last - partition.start)
+                    own[key][place].copy_(rows[first - start : last - start])
+                    found[key] = own[key]
+    # What has been filled is copied onto itself; the rest is this function's to place.
+    classifier.load_shard_tensors(found)

@@ -17,8 +17,10 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from dist_dml.checkpoint import load_classes, load_embedder_tensors
-from dist_dml.checkpoint_manifest import newest_checkpoint, verify_checkpoint
+from dist_dml.checkpoint_manifest import Manifest, newest_checkpoint, verify_checkpoint
 from dist_dml.command_line import run_command
 from dist_dml.config import Config, ProtocolConfig
 from dist_dml.config_loading import Resolved
@@ -78,12 +80,17 @@ def write_gallery(
     protocol = config.evaluation.protocols[0]
     distance = named_distance(config.evaluation.distances[0])
     reader = open_reader(index, config.data.image.channels)
+    queries = measured.of(protocol.query, distance)
+    gallery = measured.of(protocol.gallery, distance) if protocol.gallery else None
+    # Of the classes shown alone: there may be millions of others.
+    labels = [queries.labels] if gallery is None else [queries.labels, gallery.labels]
+    names = index.class_names
     figure = retrieval_gallery(
-        measured.of(protocol.query, distance),
-        measured.of(protocol.gallery, distance) if protocol.gallery else None,
+        queries,
+        gallery,
         distance,
         lambda sample_id: read_image(index, reader, sample_id),
-        dict(enumerate(index.class_names)),
+        {label: names[label] for label in np.unique(np.concatenate(labels)).tolist()},
         seed=config.run.seed,
         title=title,
     )
@@ -103,13 +110,13 @@ def write_certificates(path: Path, measured: Measurement) -> str:
 
 
 def load_for_evaluation(
-    config: Config, world: World, checkpoint: Path | None, index: Index
+    config: Config, world: World, found: tuple[Path, Manifest] | None, index: Index
 ) -> Model:
-    """The model of a checkpoint, or the embedder of the seed alone (untrained)."""
+    """The model of a verified checkpoint, or the embedder of the seed alone (untrained)."""
     embedder = build_embedder(config.model, config.data.image, config.run.seed, world.group)
     classifier = None
-    if checkpoint is not None:
-        manifest = verify_checkpoint(checkpoint)
+    if found is not None:
+        checkpoint, manifest = found
         if manifest.plan["fingerprint"] != index.fingerprint and world.is_first:
             print(
                 f"note: {checkpoint.name} was trained on other data (fingerprint "
@@ -119,7 +126,7 @@ def load_for_evaluation(
         embedder.load_state_dict(load_embedder_tensors(checkpoint))
         if _asks_for_classes(config):
             check_evaluation(index, config, manifest.num_classes, world.ranks.local_size)
-            classifier = _load_classifier(config, world, checkpoint, index, embedder.embedding_dim)
+            classifier = _load_classifier(config, world, found, index, embedder.embedding_dim)
     return Model(embed_with(embedder.to(world.device).eval(), config, world), classifier)
 
 
@@ -130,10 +137,10 @@ def _asks_for_classes(config: Config) -> bool:
 
 
 def _load_classifier(
-    config: Config, world: World, checkpoint: Path, index: Index, embedding_dim: int
+    config: Config, world: World, found: tuple[Path, Manifest], index: Index, embedding_dim: int
 ) -> ClassParallelClassifier:
     """This worker's share of a checkpoint's classes."""
-    manifest = verify_checkpoint(checkpoint)
+    checkpoint, manifest = found
     num_classes = manifest.num_classes
     partition = ClassPartition.of_worker(world.rank, world.size, num_classes, world.group)
     classifier = ClassParallelClassifier(
@@ -145,31 +152,35 @@ def _load_classifier(
         max_rows=1,
         device=world.device,
         class_counts=index.class_counts(config.data.split, num_classes),
+        # Evaluations read the weights by torch operations, whatever trained them.
+        classes=config.classes.model_copy(update={"backend": "torch", "filter_below": 0.0}),
     )
     load_classes(checkpoint, manifest, classifier)
     return classifier
 
 
-def _find_checkpoint(run: Path, which: str) -> Path:
-    """`best`, `last` or a path."""
+def _find_checkpoint(run: Path, which: str) -> tuple[Path, Manifest]:
+    """`best`, `last` or a path, verified: a pass over all bytes, so no more often than needed."""
     folder = run / "checkpoints"
     if which not in ("best", "last"):
-        return Path(which)
+        return Path(which), verify_checkpoint(Path(which))
     newest = newest_checkpoint(folder)
     if newest is None:
         raise UsageError(f"{run} holds no checkpoint; train it first, or give --checkpoint PATH")
     path, manifest = newest
     if which == "best" and manifest.progress.best_step is not None:
         best = folder / f"step-{manifest.progress.best_step:09d}"
-        return best if best.exists() else path
-    return path
+        if best != path and best.exists():
+            return best, verify_checkpoint(best)
+    return newest
 
 
 def _evaluate(resolved: Resolved, world: World, arguments: argparse.Namespace) -> None:
     """Score a checkpoint, and on request pixels and the untrained network; print and write."""
     config = resolved.config
     run = Path(arguments.run)
-    checkpoint = _find_checkpoint(run, arguments.checkpoint)
+    found = _find_checkpoint(run, arguments.checkpoint)
+    checkpoint = found[0]
     index = load_index(config.data.path)
     check_evaluation(index, config, index.num_classes, world.ranks.local_size)
     rows: dict[str, dict[str, float]] = {}
@@ -178,7 +189,7 @@ def _evaluate(resolved: Resolved, world: World, arguments: argparse.Namespace) -
         blank = load_for_evaluation(config, world, None, index)
         rows["pixels"] = pixels.scores
         rows["untrained"] = measure_model(blank, index, config, world, nmi=False).scores
-    model = load_for_evaluation(config, world, checkpoint, index)
+    model = load_for_evaluation(config, world, found, index)
     name = "trained" if arguments.baselines else checkpoint.name
     measured = measure_model(model, index, config, world, config.evaluation.nmi)
     rows[name] = measured.scores

@@ -168,7 +168,7 @@ def _class_vectors(
     """Log-probabilities of all classes, or of the largest ones with their ids."""
     assert classifier is not None
     rows = classifier.rows_for_scores(torch.from_numpy(embeddings.vectors))
-    problem = classifier.problem(with_gradients=False)
+    problem = classifier.problem()
     labels, ids = embeddings.labels, embeddings.ids
     if distance.space == "log_probability":
         values = log_probabilities(rows, problem).float().cpu().numpy()
@@ -189,7 +189,7 @@ def _certify(
     spec = parse_metric(text)
     rows = classifier.rows_for_scores(torch.from_numpy(known.vectors))
     labels = torch.from_numpy(known.labels).to(rows.device)
-    problem = classifier.problem(with_gradients=False)
+    problem = classifier.problem()
     epsilon, correct = label_distances(rows, labels, problem, spec.parameters)
     samples = (epsilon.float().cpu().numpy(), correct.cpu().numpy(), MetricLoss(spec.parameters))
     certificate = certify(*samples)

@@ -145,28 +145,17 @@ def load_index(folder: str | Path) -> Index:
         UsageError: if the folder is missing, not indexed, damaged, or a tar is missing or has
             another size than when it was indexed.
     """
-    import pyarrow
-    import pyarrow.parquet
-
     if not str(folder):
         raise UsageError("data.path is empty; set it to the folder of a packed data set")
     root = Path(folder)
     metadata = _read_metadata(root)
-    try:
-        table = pyarrow.parquet.read_table(root / INDEX_FILE, columns=_COLUMNS)
-    except (OSError, pyarrow.ArrowException) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(
-            f"data.path={root}: cannot read {INDEX_FILE} ({reason}); {_remedy(root)}"
-        ) from None
-    recorded = (table.schema.metadata or {}).get(b"fingerprint", b"").decode()
+    recorded, columns = _read_columns(root)
     if recorded != metadata["fingerprint"]:
         raise UsageError(
             f"data.path={root}: {INDEX_FILE} and {DATASET_FILE} are of different data sets "
             f"(fingerprints {recorded[:12]} and {metadata['fingerprint'][:12]}); {_remedy(root)}"
         )
     _check_shards(root, metadata["shards"])
-    columns = {name: table[name].combine_chunks().to_numpy() for name in _COLUMNS}
     return Index(
         folder=root,
         shards=tuple(shard["name"] for shard in metadata["shards"]),
@@ -179,6 +168,28 @@ def load_index(folder: str | Path) -> Index:
 
 
 _COLUMNS = ["split", "class_id", "shard", "offset", "size", "extension", "checksum"]
+
+
+def _read_columns(root: Path) -> tuple[str, dict[str, np.ndarray]]:
+    """The fingerprint that the index states, and its columns without the keys.
+
+    One column at a time, and pyarrow's pages given back: read at once, 2.5 million samples held 0.2
+    GB more than their arrays (2026-11), in every worker.
+    """
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(root / INDEX_FILE) as file:
+            recorded = (file.schema_arrow.metadata or {}).get(b"fingerprint", b"").decode()
+            columns = {name: file.read([name])[name].to_numpy() for name in _COLUMNS}
+    except (OSError, pyarrow.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"data.path={root}: cannot read {INDEX_FILE} ({reason}); {_remedy(root)}"
+        ) from None
+    pyarrow.default_memory_pool().release_unused()
+    return recorded, columns
 
 
 def _remedy(root: Path) -> str:

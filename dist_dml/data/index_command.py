@@ -44,14 +44,20 @@ def split_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class _Scan:
-    """What one shard contributes, in columns; `labels` are texts, not yet class ids."""
+    """What one shard contributes, in columns; `labels` are texts, not yet class ids.
 
-    keys: list[str]
-    labels: list[str]
+    Keys and labels are pyarrow arrays of strings, which take a fifth of the memory of lists and are
+    sent between processes as one block.
+    """
+
+    keys: Any
+    labels: Any
     columns: dict[str, np.ndarray]
 
 
 def _scan(path: Path, label_key: str) -> _Scan:
+    import pyarrow
+
     samples = scan_shard(path)
     labels, checksums = [], []
     with path.open("rb") as stream:
@@ -69,8 +75,8 @@ def _scan(path: Path, label_key: str) -> _Scan:
         return np.array(values, dtype)
 
     return _Scan(
-        keys=[sample.key for sample in samples],
-        labels=labels,
+        keys=pyarrow.array([sample.key for sample in samples], pyarrow.string()),
+        labels=pyarrow.array(labels, pyarrow.string()),
         columns={
             "offset": np.array([s.image.offset for s in samples], np.int64),
             "size": np.array([s.image.size for s in samples], np.int64),
@@ -138,7 +144,7 @@ def build_index(
         scans.append(scan)
         progress.advance(size)
     progress.finish()
-    if not any(scan.keys for scan in scans):
+    if not any(len(scan.keys) for scan in scans):
         raise UsageError(f"{home}: its shards hold no samples; pack them again")
 
     splits = [split_of(shard.name) for shard in shards]
@@ -192,7 +198,7 @@ def _fingerprint(
     header = [metadata[k] for k in ("format_version", "source", "num_classes", "split_names")]
     digest.update(json.dumps([header, list(names)], sort_keys=True).encode())
     for scan in scans:
-        digest.update(("\n".join(scan.keys) + "\n").encode())
+        digest.update(("\n".join(scan.keys.to_pylist()) + "\n").encode())
     for name in ("split", "class_id", "size", "checksum"):
         digest.update(np.ascontiguousarray(columns[name]).tobytes())
     return digest.hexdigest()
@@ -232,7 +238,7 @@ def _write(
     import pyarrow
     import pyarrow.parquet
 
-    keys = pyarrow.chunked_array([pyarrow.array(scan.keys, pyarrow.string()) for scan in scans])
+    keys = pyarrow.chunked_array([scan.keys for scan in scans])
     table = pyarrow.table({"key": keys, **columns})
     stamp = {"fingerprint": metadata["fingerprint"]}
     for name, content in ((INDEX_FILE, table), (CLASSES_FILE, class_table)):

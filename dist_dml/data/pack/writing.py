@@ -7,13 +7,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from dist_dml.data.index import Index
 from dist_dml.data.index_command import build_index
@@ -25,23 +27,37 @@ from dist_dml.whole_files import write_json
 PACK_FILE = "pack.json"
 _TAR_BYTES_PER_SAMPLE = 3072
 """Headers and padding of three members."""
+_INDEX_BYTES_PER_SAMPLE = 50
+"""Row of the index, and of the catalogue if each class has one sample."""
 
-Render = Callable[[Any], Mapping[str, str | bytes]]
+Sample = Mapping[str, str | bytes]
+"""`__key__` and the bytes of each member by extension."""
+Render = Callable[[Any], Sample]
 """Makes the members of one sample from its description; a pure function that can be pickled."""
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One tar to be: its name and the descriptions of its samples, in order."""
+    """One tar to be: its name and the descriptions of its samples, in order.
+
+    Descriptions of millions of samples are rows of an array: an object for each would take more
+    memory, and more time to send to the writing processes, than their pixels.
+    """
 
     name: str
-    samples: tuple[Any, ...]
+    samples: Sequence[Any] | np.ndarray
 
 
-def plan_shards(split: str, samples: Sequence[Any], shard_samples: int) -> list[ShardPlan]:
+RenderShard = Callable[[ShardPlan], Iterable[Sample]]
+"""Makes all samples of a shard, in order; a pure function that can be pickled."""
+
+
+def plan_shards(
+    split: str, samples: Sequence[Any] | np.ndarray, shard_samples: int
+) -> list[ShardPlan]:
     """Cut the samples of a split into tars `SPLIT-%06d.tar` of `shard_samples` each."""
     return [
-        ShardPlan(f"{split}-{number:06d}.tar", tuple(samples[start : start + shard_samples]))
+        ShardPlan(f"{split}-{number:06d}.tar", samples[start : start + shard_samples])
         for number, start in enumerate(range(0, len(samples), shard_samples))
     ]
 
@@ -50,6 +66,35 @@ def write_pack(
     out: Path,
     shards: Sequence[ShardPlan],
     render: Render,
+    source: Mapping[str, Any],
+    made_with: Mapping[str, str],
+    expected_bytes: int,
+    processes: int = 0,
+) -> Index:
+    """`write_shards` for samples that are made one by one.
+
+    Args:
+        out: data set folder; made if missing.
+        shards: all shards of the data set.
+        render: see `Render`.
+        source: what the data depend on.
+        made_with: versions of the programs that draw or encode.
+        expected_bytes: size of all members, without the tars' headers and padding.
+        processes: writing processes; 0 takes one per core.
+    """
+    tars = expected_bytes + _TAR_BYTES_PER_SAMPLE * sum(len(shard.samples) for shard in shards)
+    fill = partial(_one_by_one, render)
+    return write_shards(out, shards, fill, source, made_with, tars, processes)
+
+
+def _one_by_one(render: Render, shard: ShardPlan) -> Iterator[Sample]:
+    return map(render, shard.samples)
+
+
+def write_shards(
+    out: Path,
+    shards: Sequence[ShardPlan],
+    render_shard: RenderShard,
     source: Mapping[str, Any],
     made_with: Mapping[str, str],
     expected_bytes: int,
@@ -64,11 +109,11 @@ def write_pack(
     Args:
         out: data set folder; made if missing.
         shards: all shards of the data set.
-        render: see `Render`.
+        render_shard: see `RenderShard`.
         source: what the data depend on; goes to `dataset.json` and into the fingerprint.
         made_with: versions of the programs that draw or encode; a pack is not resumed with others.
-        expected_bytes: size of all members, for the check of the disk.
-        processes: writing processes; 0 takes one per core.
+        expected_bytes: size of all tars, for the check of the disk.
+        processes: writing and indexing processes; 0 takes one per core.
 
     Raises:
         UsageError: `out` holds something else, or the disk is too small.
@@ -78,12 +123,12 @@ def write_pack(
     missing = [shard for shard in shards if not (out / shard.name).exists()]
     total = sum(len(shard.samples) for shard in shards)
     share = sum(len(shard.samples) for shard in missing) / max(total, 1)
-    _check_space(out, int(share * (expected_bytes + total * _TAR_BYTES_PER_SAMPLE)))
+    _check_space(out, int(share * expected_bytes) + total * _INDEX_BYTES_PER_SAMPLE)
     if len(missing) < len(shards):
         print(f"{out}: {len(shards) - len(missing)} of {len(shards)} shards are there already")
     progress = ProgressLine("pack", float(sum(len(s.samples) for s in missing)), "images")
     try:
-        for count in _written(partial(_write_one, out, render), missing, processes):
+        for count in _written(partial(_write_one, out, render_shard), missing, processes):
             progress.advance(float(count))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -93,11 +138,11 @@ def write_pack(
             "it goes on with the next shard"
         ) from None
     progress.finish()
-    return build_index(out, source=source)
+    return build_index(out, source=source, processes=processes or available_cores())
 
 
-def _write_one(out: Path, render: Render, shard: ShardPlan) -> int:
-    return write_shard(out / shard.name, map(render, shard.samples))
+def _write_one(out: Path, render_shard: RenderShard, shard: ShardPlan) -> int:
+    return write_shard(out / shard.name, render_shard(shard))
 
 
 def _written(
