@@ -47,6 +47,7 @@ LEVELS = {
             "retrieval",
             "tracking",
             "parallel.classifier",
+            "parallel.participants",
         ),
         3,
     ),

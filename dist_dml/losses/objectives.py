@@ -16,10 +16,11 @@ from dist_dml.errors import UsageError
 from dist_dml.loss_config import LossConfig
 from dist_dml.losses.binary import BinaryCrossEntropy, prior_bias
 from dist_dml.losses.composed import ComposedLoss, LargestCentre, Pooling, SoftCentre
+from dist_dml.losses.cross_entropy import CrossEntropy
 from dist_dml.losses.margins import AngularMargin, ClassMargin, Margin, dynamic_angles
 from dist_dml.losses.metric_softmax import MetricSoftmax, power_sums_suffice
 from dist_dml.losses.proxies import CentreSpread, ColumnLoss, ProxyAnchor
-from dist_dml.losses.softmax import CrossEntropy, RowLoss
+from dist_dml.losses.softmax import RowLoss
 
 # Effective number of samples (Cui et al., CVPR 2019): b of (1 - b^n) / (1 - b).
 _EFFECTIVE_BASE = 0.999

@@ -15,9 +15,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dist_dml.losses.composed import ComposedLoss
+from dist_dml.losses.cross_entropy import CrossEntropy
 from dist_dml.losses.largest import largest_entries
 from dist_dml.losses.metric_softmax import MetricSoftmax
-from dist_dml.losses.softmax import CrossEntropy, RowLoss
+from dist_dml.losses.softmax import RowLoss
 from dist_dml.metric_parameters import MetricParameters
 from dist_dml.parallel.class_problem import ClassParallelProblem
 from dist_dml.parallel.collectives import gather_equal, gather_uneven

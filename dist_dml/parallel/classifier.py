@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from dist_dml.class_config import ClassesConfig
 from dist_dml.config import OptimizerConfig
 from dist_dml.errors import UsageError
-from dist_dml.keyed_random import key_of, keyed_normal, row_keys
 from dist_dml.loss_config import LossConfig
 from dist_dml.losses.composed import ComposedLoss
 from dist_dml.losses.margins import adaptive_margin, running_norms
@@ -21,6 +20,7 @@ from dist_dml.losses.objectives import build_objective
 from dist_dml.losses.proxies import ColumnLoss
 from dist_dml.losses.softmax import RowLoss
 from dist_dml.parallel.backends import choose_backend, choose_plan, splits_operands
+from dist_dml.parallel.class_init import initial_weight
 from dist_dml.parallel.class_optim import ClassOptimizer, weight_dtype
 from dist_dml.parallel.class_parallel import class_parallel_loss
 from dist_dml.parallel.class_partition import ClassPartition
@@ -28,17 +28,10 @@ from dist_dml.parallel.class_problem import ClassParallelProblem, StepMemory
 from dist_dml.parallel.class_sweeps import GradientTarget
 from dist_dml.parallel.collectives import PendingGather, gather_uneven, scale_gradient
 from dist_dml.parallel.cost import SweepPlan
-from dist_dml.parallel.sampling import (
-    ActiveClasses,
-    check_sampling,
-    neighbour_classes,
-    random_classes,
-)
+from dist_dml.parallel.participants import Participants
+from dist_dml.parallel.sampling import ActiveClasses, check_sampling
 from dist_dml.parallel.sweep_torch import ClassShard
-from dist_dml.retrieval.class_index import ClassIndex, ExactClassIndex, build_class_index
 
-# Class weights are drawn this many rows at a time, to bound the temporaries of the generator.
-_INIT_ROWS = 65_536
 _DEFAULT_CLASSES = ClassesConfig()
 
 
@@ -105,12 +98,12 @@ class ClassParallelClassifier(nn.Module):
         self.backend = choose_backend(
             classes, loss_config, self.objective.loss, torch.device(device), dtype
         )
-        self.tile_bytes = int(loss_config.tile_mebibytes * 2**20)
+        self.tile_bytes = round(loss_config.tile_mebibytes * 2**20)
         self.tile_dtype = torch.bfloat16 if loss_config.tile_dtype == "bfloat16" else None
         self.split = splits_operands(loss_config, self.backend)
         centres = self.objective.centres
         kept = dtype if classes.weight_dtype == "float32" else weight_dtype(classes)
-        weight = _initial_weight(
+        weight = initial_weight(
             partition, embedding_dim * centres, loss_config.init_std, seed, kept
         )
         weight = weight if centres == 1 else weight.unflatten(1, (centres, embedding_dim))
@@ -136,7 +129,7 @@ class ClassParallelClassifier(nn.Module):
             classes, self.problem(), self.optimizer.rule, max_rows, micro_batches
         )
         self.problem().tile_for(max_rows, embedding_dim, dtype.itemsize)
-        self._index: ClassIndex | ExactClassIndex | None = None
+        self._participants = Participants(partition, classes, seed, self.scale is not None)
         # Without in-place updates, backward sweeps overwrite the gradient in a batch's first
         # micro-batch and add later, so no pass is spent on zeroing.
         self._gradient_is_stale = True
@@ -189,7 +182,9 @@ class ClassParallelClassifier(nn.Module):
         if row_weights is not None:
             weights = weights * gather_uneven(row_weights.to(weights.dtype), row_counts, group)
         # A row that is ignored is computed against class 0, which keeps it finite, and weighs 0.
-        active = self._active(all_labels.where(counted, 0))
+        active = self._participants.of_step(
+            all_labels.where(counted, 0), self.weight.detach(), self.optimizer.num_steps
+        )
         if active is not None:
             self.memory.active_classes = len(active.ids)
         problem = replace(self.problem(active), loss=loss)
@@ -246,30 +241,6 @@ class ClassParallelClassifier(nn.Module):
 
         gradient = self.weight.grad.view(-1, self.weight.shape[-1])
         return replace(problem, target=GradientTarget(gradient, accumulate), after=keep_bias)
-
-    def _active(self, labels: Int[Tensor, " R"]) -> ActiveClasses | None:
-        """The classes that take part in this step, None for all."""
-        kind, step = self.classes.sample, self.optimizer.num_steps
-        if kind == "all":
-            return None
-        if kind == "random":
-            return random_classes(
-                labels,
-                self.partition,
-                self.classes.sample_rate,
-                self.classes.sample_correction,
-                self._seed,
-                step,
-                self.weight.device,
-            )
-        weight = self.weight.detach()
-        if self._index is None:
-            cosine = self.scale is not None
-            self._index = build_class_index(weight, cosine, self.classes.rebuild_steps, step)
-        self._index.advance(step, weight)
-        return neighbour_classes(
-            labels, weight, self._index.search, self.partition, self.classes.num_neighbours
-        )
 
     def _loss_for(
         self, embeddings: Tensor, row_counts: tuple[int, ...], counted: Tensor
@@ -353,8 +324,8 @@ class ClassParallelClassifier(nn.Module):
         found, size = {}, self.partition.size
         if self.classes.sample != "all":
             found["class/active_share"] = self.memory.active_classes / size
-        if self._index is not None:
-            found["class/index_wait_seconds"] = self._index.waited_seconds
+        if (waited := self._participants.waited_seconds) is not None:
+            found["class/index_wait_seconds"] = waited
         if self.classes.filter_below > 0:
             found["class/filtered_share"] = float(self.memory.filtered_classes) / size
             found["class/filtered_mass"] = float(self.memory.filtered_mass)
@@ -362,8 +333,7 @@ class ClassParallelClassifier(nn.Module):
 
     def close(self) -> None:
         """End the thread that rebuilds an index of class weights, if there is one."""
-        if self._index is not None:
-            self._index.close()
+        self._participants.close()
 
     def shard_tensors(self) -> dict[str, Tensor]:
         """Weights and optimizer state by name; entries of dimension 0 of size c are rows of
@@ -379,18 +349,3 @@ class ClassParallelClassifier(nn.Module):
             for name, own in (*self.named_parameters(), *self.named_buffers()):
                 own.copy_(tensors[name])
         self.optimizer.load_tensors({name: value for name, value in tensors.items() if "|" in name})
-
-
-def _initial_weight(
-    partition: ClassPartition, embedding_dim: int, std: float, seed: int, dtype: torch.dtype
-) -> Float[Tensor, "c D"]:
-    """Normal weights drawn by class id: the same for any number of workers."""
-    weight = torch.zeros(partition.size, embedding_dim, dtype=dtype)
-    if std == 0:
-        return weight
-    key = key_of(seed, "class weight")
-    for start in range(0, partition.size, _INIT_ROWS):
-        rows = weight[start : start + _INIT_ROWS]
-        ids = torch.arange(len(rows)) + (partition.start + start)
-        rows.copy_(keyed_normal(row_keys(key, ids), embedding_dim) * std)
-    return weight

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from dist_dml.losses.binary import BinaryCrossEntropy
 from dist_dml.losses.composed import ComposedLoss, LargestCentre, Pooling, SoftCentre
+from dist_dml.losses.cross_entropy import CrossEntropy
 from dist_dml.losses.margins import AngularMargin, ClassMargin
 from dist_dml.losses.metric_softmax import MetricSoftmax
-from dist_dml.losses.softmax import CrossEntropy, RowLoss
+from dist_dml.losses.softmax import RowLoss
 from dist_dml.metric_parameters import MetricParameters
 
 R, C, K, SCALE = 9, 40, 3, 12.0

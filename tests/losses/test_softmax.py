@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dist_dml.losses.softmax import CrossEntropy, TileTarget
+from dist_dml.losses.cross_entropy import CrossEntropy
+from dist_dml.losses.softmax import TileTarget
 
 R, C = 9, 23
 # Start and stop of tiles: one, several, single classes, thin at either end.

@@ -16,7 +16,8 @@ from worker_group import run_workers
 from dist_dml.class_config import ClassesConfig
 from dist_dml.config import LossConfig, OptimizerConfig
 from dist_dml.errors import UsageError
-from dist_dml.losses.softmax import CrossEntropy, TileTarget
+from dist_dml.losses.cross_entropy import CrossEntropy
+from dist_dml.losses.softmax import TileTarget
 from dist_dml.parallel.class_partition import ClassPartition, part_bounds
 from dist_dml.parallel.classifier import ClassParallelClassifier
 

@@ -326,7 +326,9 @@ def test_sampled_classes_alone_take_part_and_are_moved(backend: Any, name: str) 
     steps_of(classifier, 3)  # All momenta of the early steps' classes would move on.
     before = classifier.weight.detach().clone()
     rows, labels = batch_of(3)
-    active = classifier._active(labels)
+    active = classifier._participants.of_step(
+        labels, classifier.weight.detach(), classifier.optimizer.num_steps
+    )
     assert active is not None
     own = rows.clone().requires_grad_()
     output = classifier(own, labels, (R,), R, factor=1.0)

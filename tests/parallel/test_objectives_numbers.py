@@ -14,8 +14,9 @@ from torch import Tensor
 from dist_dml.config import OptimizerConfig
 from dist_dml.loss_config import COSINE_LOSSES, READS, LossConfig
 from dist_dml.losses.binary import BinaryCrossEntropy
+from dist_dml.losses.cross_entropy import CrossEntropy
 from dist_dml.losses.metric_softmax import MetricSoftmax
-from dist_dml.losses.softmax import CrossEntropy, RowLoss
+from dist_dml.losses.softmax import RowLoss
 from dist_dml.metric_parameters import MetricParameters
 from dist_dml.parallel.class_partition import ClassPartition
 from dist_dml.parallel.classifier import ClassParallelClassifier
