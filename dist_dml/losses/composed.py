@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dist_dml.losses.margins import Margin
+from dist_dml.losses.margins import AngularMargin, Margin
 from dist_dml.losses.softmax import RowLoss, RowRule, SoftmaxForm, TileTarget, softmax_form
 
 
@@ -128,6 +128,11 @@ class ComposedLoss:
     def row_numbers(self) -> int:
         """Its own and the base's."""
         return self.base.row_numbers + self._own_numbers
+
+    @property
+    def keeps_rows_together(self) -> bool:
+        """Whether it is made for these very rows: a sweep must not cut them into chunks."""
+        return isinstance(self.margin, AngularMargin) and self.margin.is_of_rows
 
     @property
     def has_softmax_form(self) -> bool:

@@ -53,6 +53,11 @@ class AngularMargin:
     cosine: float | Float[Tensor, " R"] = 0.0
     beyond: Literal["linear", "clip"] = "linear"
 
+    @property
+    def is_of_rows(self) -> bool:
+        """Whether each row has its own, so that rows and margins must be cut alike."""
+        return isinstance(self.angle, Tensor) or isinstance(self.cosine, Tensor)
+
     def apply(
         self, cosine: Float[Tensor, " R"], target: TileTarget
     ) -> tuple[Float[Tensor, " R"], Float[Tensor, " R"]]:

@@ -137,7 +137,8 @@ def _margin(config: LossConfig, counts: Tensor, own: slice, dtype: torch.dtype) 
         "combined_margin": lambda: AngularMargin(
             float(config.setting("angle_multiplier")), of("angle_margin"), of("cosine_margin")
         ),
-        "adaface": AngularMargin,  # Neutral: that of each batch takes its place.
+        # Neutral, and of rows like those of each batch, which take its place.
+        "adaface": lambda: AngularMargin(angle=torch.zeros(1, dtype=dtype)),
         "dynamic_arcface": lambda: ClassMargin(
             dynamic_angles(counts[own], *config.dynamic_margin).to(dtype)
         ),

@@ -110,8 +110,11 @@ class ClassParallelProblem:
     update_numbers: float = 1.0
 
     def chunk_rows(self, num_rows: int) -> int:
-        """Rows that a tile takes at a time. A column loss needs all rows of a class at once."""
-        if isinstance(self.loss, ColumnLoss):
+        """Rows that a tile takes at a time.
+
+        A column loss needs all rows of a class at once, AdaFace's margins belong to their rows.
+        """
+        if isinstance(self.loss, ColumnLoss) or getattr(self.loss, "keeps_rows_together", False):
             return num_rows
         if self.row_chunk:
             return min(num_rows, self.row_chunk)

@@ -201,6 +201,19 @@ def test_every_sweep_equals_the_dense_twin(backend: Any, sweep: Any, loss: str) 
     assert_same_steps(classifier, LOSSES[loss], OPTIMIZERS["sgd"], 8, 1e-4)
 
 
+@pytest.mark.parametrize("name", ["adaface", "proxy_anchor"])
+def test_rows_that_belong_together_are_not_cut(name: Any) -> None:
+    config = LossConfig(name=name, init_std=1.0)
+    found = []
+    for sweep in ("recompute", "row_chunked"):
+        classifier = classifier_of(config, OPTIMIZERS["sgd"], swept(sweep, "torch"))
+        found.append((*steps_of(classifier, 1), classifier.weight.detach()))
+    (losses, gradients, weight), (others, theirs, other_weight) = found
+    assert losses == pytest.approx(others, rel=1e-5)
+    torch.testing.assert_close(torch.cat(gradients), torch.cat(theirs), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(weight, other_weight, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("sweep", SWEEPS)
 def test_every_sweep_equals_the_dense_twin_to_float64(sweep: Any) -> None:
     classes = swept(sweep, "torch")
