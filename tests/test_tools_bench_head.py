@@ -361,7 +361,7 @@ def test_a_quick_run_measures_every_part_and_writes_everything(tmp_path):
     assert ours["extra_bytes"] < 4 * 20_000 * (64 + 32)
     assert ours["errors"]["weights"] < 1e-5
     verdict_names = [verdict["what"] for verdict in content["verdicts"]]
-    assert len(verdict_names) == 22
+    assert len(verdict_names) == 25
     for line in content["verdicts"][:14]:
         assert line["holds"] is not None, line
     assert printed.count("not measured") >= 8 or torch.cuda.is_available()
