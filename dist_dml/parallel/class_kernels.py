@@ -129,6 +129,7 @@ def _classes(problem: ClassParallelProblem, form: SoftmaxForm) -> KernelClasses:
         problem.tile_classes,
         problem.row_chunk,
         problem.filter_below,
+        shard.bias is not None,
     )
 
 

@@ -44,6 +44,8 @@ class KernelClasses:
         tile_classes: classes of a tile, 0 for the backend's choice.
         row_chunk: rows of a chunk, 0 for the backend's choice.
         filter_below: tiles whose probabilities are all smaller give no gradient; 0 filters nothing.
+        with_bias_gradient: whether the biases' gradient is wanted; without, the report may hold an
+            empty one, and nothing grows with the number of classes.
     """
 
     weight: Float[Tensor, "c D"]
@@ -55,6 +57,7 @@ class KernelClasses:
     tile_classes: int = 0
     row_chunk: int = 0
     filter_below: float = 0.0
+    with_bias_gradient: bool = True
 
     @property
     def num_classes(self) -> int:

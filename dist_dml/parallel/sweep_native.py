@@ -154,7 +154,8 @@ class NativeBackend:
         assert num_pulled == 0, "the forward sweep has pulled"
         problem, alive = self._problem(rows, columns, classes)
         parts = [part.float().contiguous() for part in coefficients]
-        bias_gradient = torch.empty(classes.num_classes)
+        wanted = classes.with_bias_gradient
+        bias_gradient = torch.empty(classes.num_classes if wanted else 0)
         filtered, mass = ctypes.c_int64(0), ctypes.c_double(0.0)
         gradient = target.gradient if isinstance(target, GradientTarget) else None
         assert gradient is None or gradient.dtype == torch.float32
@@ -165,7 +166,7 @@ class NativeBackend:
         task = _BackwardTask(
             *(_address(part) for part in parts),
             _address(kept),
-            _address(bias_gradient),
+            _address(bias_gradient) if wanted else None,
             _address(gradient),
             accumulate,
             None if update is None else ctypes.addressof(update),

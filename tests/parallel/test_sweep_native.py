@@ -338,3 +338,15 @@ def test_other_operands_are_refused_in_words(backend: NativeBackend) -> None:
 def test_the_environment_switches_the_kernels_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIST_DML_NATIVE", "0")
     assert native_backend() == "the environment says DIST_DML_NATIVE=0"
+
+
+def test_biases_that_nobody_trains_cost_nothing(backend: NativeBackend) -> None:
+    rows, columns, classes, coefficients = problem_of(SEVERAL_TILES)
+    found = []
+    for asked in (True, False):
+        own = replace(classes, with_bias_gradient=asked)
+        target = GradientTarget(torch.zeros_like(classes.weight))
+        report = backend.backward(rows, columns, coefficients, own, 0, None, target)
+        assert len(report.bias_gradient) == (classes.num_classes if asked else 0)
+        found.append(target.gradient)
+    assert torch.equal(*found)

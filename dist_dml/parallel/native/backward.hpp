@@ -90,7 +90,7 @@ class BackwardThread {
   double process(int64_t tile, int64_t next_tile) {
     int64_t first = tile * tiling_.tile;
     weights_.take(first, std::min(tiling_.tile, problem_.num_classes - first));
-    float* bias_gradient = task_.bias_gradient + first;
+    float* bias_gradient = task_.bias_gradient ? task_.bias_gradient + first : unasked_.get();
     std::fill_n(bias_gradient, weights_.count(), 0.0f);
     next_ = std::min(next_tile * tiling_.tile, problem_.num_classes);
     started_ = false;
@@ -227,6 +227,7 @@ class BackwardThread {
   WeightTile<Weight, Operand> weights_;
   Buffer<float> logits_, sums_, gradient_;
   Buffer<Half> rest_;  // Of the logits' gradient, what bfloat16 leaves.
+  Buffer<float> unasked_{tiling_.tile};  // A tile's gradient of biases that nobody asked for.
   RowUpdate<Weight, float> update_float_{problem_, update_of(task_)};
   RowUpdate<Weight, Half> update_half_{problem_, update_of(task_)};
   std::vector<float> saved_;

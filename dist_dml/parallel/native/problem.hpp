@@ -51,7 +51,7 @@ struct Update {
 struct BackwardTask {
   const float *normaliser, *factor, *offset, *label;  // (R,)
   const float* kept;
-  float* bias_gradient;  // (n,)
+  float* bias_gradient;  // (n,) or null.
   float* gradient;       // (c, D) or null.
   int64_t accumulate;
   const Update* update;  // or null.
