@@ -46,7 +46,7 @@ template <class Out, class Ahead>
 inline bool logit_gradients(const float* logits, int64_t count, int64_t lanes, int64_t ld,
                             const float* factors, const float* bias, const float* normaliser,
                             const float* factor, const float* offset, float threshold, Out out,
-                            float* sums, Ahead ahead) {
+                            int64_t out_ld, float* sums, Ahead ahead) {
   IntLanes small = IntLanes{} - 1;
   for (int64_t j = 0; j < count; ++j) {
     ahead(j);
@@ -59,7 +59,7 @@ inline bool logit_gradients(const float* logits, int64_t count, int64_t lanes, i
       p = load(factor + i) * p - load(offset + i);
       q = load(factor + i + kLanes) * q - load(offset + i + kLanes);
       total += p + q;
-      store_gradient(out + j * ld + i, p, q);
+      store_gradient(out + j * out_ld + i, p, q);
     }
     sums[j] = sum(total);
   }
@@ -83,7 +83,9 @@ class BackwardThread {
         logits_(tiling.tile * tiling.lane_ld),
         sums_(tiling.tile),
         gradient_(with_gradient_ ? tiling.tile * tiling.features : 0),
-        rest_(std::is_same_v<Operand, Split> ? tiling.tile * tiling.lane_ld : 0) {}
+        out_ld_(std::is_same_v<Operand, Split> ? Tiling::apart(2 * tiling.lanes)
+                                                : tiling.lane_ld),
+        planes_(std::is_same_v<Operand, Split> ? tiling.tile * out_ld_ : 0) {}
 
   // One tile from logits to update, while memory of the next one is asked for. Returns the mass
   // that was left out.
@@ -118,7 +120,7 @@ class BackwardThread {
       logits = const_cast<float*>(task_.kept) +
                (chunk * (problem_.num_classes + 1) + first) * ld;
     else
-      multiply(count, lanes, weights_.depth(), weights_.operand(), weights_.depth(),
+      multiply(count, lanes, weights_.depth(), weights_.operand(), weights_.operand_ld(),
                rows_.transposed(chunk), ld, logits, ld, false);
     auto own = labels_.of_tile(chunk, first, count);
     saved_.clear();
@@ -129,15 +131,15 @@ class BackwardThread {
     }
     PointerTo<Operand> out;
     if constexpr (std::is_same_v<Operand, Split>)
-      out = {reinterpret_cast<Half*>(logits_.get()), rest_.get()};
+      out = left_planes(planes_.get(), lanes, false);
     else
       out = reinterpret_cast<Operand*>(logits_.get());
     int64_t of_chunk = chunk * lanes;
     bool small = logit_gradients(logits, count, lanes, ld, weights_.factor(), weights_.bias(),
                                  lanes_.normaliser.data() + of_chunk,
                                  lanes_.factor.data() + of_chunk,
-                                 lanes_.offset.data() + of_chunk, filter_, out, sums_.get(),
-                                 [&](int64_t j) {
+                                 lanes_.offset.data() + of_chunk, filter_, out, out_ld_,
+                                 sums_.get(), [&](int64_t j) {
                                    if (chunk + 1 == tiling_.num_chunks) prefetch_state(j);
                                  });
     if (filter_ > 0 && small && own.empty()) return mass(out, count);
@@ -145,12 +147,12 @@ class BackwardThread {
     for (const LabelEntry& entry : own) {
       int64_t j = entry.column - first, row = chunk * tiling_.chunk + entry.row;
       if (task_.kept) logits[j * ld + entry.row] = saved_[index++];
-      set(out + j * ld + entry.row, task_.label[row]);
+      set(out + j * out_ld_ + entry.row, task_.label[row]);
       sums_.get()[j] += task_.label[row] + task_.offset[row];
     }
     for (int64_t j = 0; j < count; ++j) bias_gradient[j] += sums_.get()[j];
     if (with_gradient_)
-      multiply(count, rows_.depth, rows_.plain_count(chunk), out, ld, rows_.plain(chunk),
+      multiply(count, rows_.depth, rows_.plain_count(chunk), out, out_ld_, rows_.plain(chunk),
                rows_.plain_ld(), gradient_.get(), tiling_.features, started_);
     started_ = true;
     return 0;
@@ -177,7 +179,7 @@ class BackwardThread {
     for (int64_t j = 0; j < count; ++j) {
       Lanes row = Lanes{};
       for (int64_t i = 0; i < tiling_.lanes; i += kLanes) {
-        Lanes g = load(out + j * tiling_.lane_ld + i);
+        Lanes g = load(out + j * out_ld_ + i);
         row += larger(g, -g);
       }
       total += sum(row);
@@ -226,7 +228,8 @@ class BackwardThread {
   float filter_;
   WeightTile<Weight, Operand> weights_;
   Buffer<float> logits_, sums_, gradient_;
-  Buffer<Half> rest_;  // Of the logits' gradient, what bfloat16 leaves.
+  int64_t out_ld_;  // Of the logits' gradient, which takes the logits' place unless in planes.
+  Buffer<Half> planes_;
   Buffer<float> unasked_{tiling_.tile};  // A tile's gradient of biases that nobody asked for.
   RowUpdate<Weight, float> update_float_{problem_, update_of(task_)};
   RowUpdate<Weight, Half> update_half_{problem_, update_of(task_)};

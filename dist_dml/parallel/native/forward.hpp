@@ -58,6 +58,7 @@ inline void exponentials(const float* logits, int64_t count, int64_t lanes, int6
       } else if constexpr (std::is_same_v<Out, SplitPointer>) {
         Lanes x = p0 * f0, y = p1 * f1;
         store_pairs(out.high + j * ld + 2 * i, x, y);
+        store_pairs(out.again + j * ld + 2 * i, x, y);
         store_pairs(out.rest + j * ld + 2 * i, x - rounded_to_half(x), y - rounded_to_half(y));
       } else if constexpr (std::is_same_v<Out, Half*>) {
         store_pairs(out + j * ld + 2 * i, p0 * f0, p1 * f1);
@@ -78,8 +79,8 @@ class ForwardThread {
         result_(result),
         weights_(problem, tiling, result.pull != nullptr),
         products_((rounded_up(tiling.tile, 2 * kLanes) + 2) * tiling.lane_ld),
-        rest_(std::is_same_v<Operand, Split> && result.pull
-                  ? (rounded_up(tiling.tile, 2 * kLanes) + 2) * tiling.lane_ld : 0),
+        planes_(std::is_same_v<Operand, Split> && result.pull
+                    ? 3 * rounded_up(tiling.tile, 2 * kLanes) * tiling.lane_ld : 0),
         largest_(tiling.block * tiling.lanes),
         before_(tiling.lanes),
         tile_mass_(tiling.lanes),
@@ -120,7 +121,7 @@ class ForwardThread {
     float* logits = products_.get();
     if (result_.kept)  // A chunk's logits of all classes lie together.
       logits = result_.kept + (chunk * (problem_.num_classes + 1) + first) * ld;
-    multiply(count, lanes, weights_.depth(), weights_.operand(), weights_.depth(),
+    multiply(count, lanes, weights_.depth(), weights_.operand(), weights_.operand_ld(),
              rows_.transposed(chunk), ld, logits, ld, false);
     if (even > count) std::fill_n(logits + count * ld, lanes, kMinusInfinity);
     auto own = labels_.of_tile(chunk, first, count);
@@ -202,11 +203,10 @@ class ForwardThread {
              weights_.transposed_ld(), products(), ld, pull, lanes, true);
   }
 
-  // Exponentials take the place of the logits they are made of; what bfloat16 leaves of them has
-  // its own.
+  // Exponentials take the place of the logits they are made of; those in planes have their own.
   PointerTo<Operand> products() const {
     if constexpr (std::is_same_v<Operand, Split>)
-      return {reinterpret_cast<Half*>(products_.get()), rest_.get()};
+      return right_planes(planes_.get(), weights_.padded_count(), tiling_.lane_ld, true);
     else
       return reinterpret_cast<Operand*>(products_.get());
   }
@@ -218,7 +218,7 @@ class ForwardThread {
   const ForwardResult& result_;
   WeightTile<Weight, Operand> weights_;
   Buffer<float> products_;
-  Buffer<Half> rest_;
+  Buffer<Half> planes_;
   Buffer<float> largest_, before_, tile_mass_, tile_gap_, pull_;
   std::vector<double> mass_, gap_, others_;
   std::vector<float> saved_;

@@ -36,18 +36,18 @@ class WeightTile {
         depth_(std::is_same_v<Operand, float> ? problem.num_features : tiling.features),
         in_place_(kSame && !problem.active && depth_ == problem.num_features),
         // The distance of its rows should be no power of 2, which would put them all into few sets.
-        tile_padded_(rounded_up(tiling.tile, 2 * kLanes) + 2 * kLanes),
-        copy_(in_place_ ? 0 : tiling.tile * depth_),
-        transposed_(with_transpose ? problem.num_features * tile_padded_ : 0),
-        factor_(tile_padded_),
-        square_(tile_padded_),
-        bias_(tile_padded_) {}
+        transposed_ld_(kPlanes<Operand> * rounded_up(tiling.tile, 2 * kLanes) + 2 * kLanes),
+        copy_(in_place_ ? 0 : tiling.tile * operand_ld()),
+        transposed_(with_transpose ? problem.num_features * transposed_ld_ : 0),
+        factor_(transposed_ld_),
+        square_(transposed_ld_),
+        bias_(transposed_ld_) {}
 
   // The tile of `count` classes from position `first` on. Norms are of the unrounded weights.
   void take(int64_t first, int64_t count) {
     first_ = first;
     count_ = count;
-    operand_ = copy_.get();
+    operand_ = as_left<Operand>(copy_.get(), depth_);
     if constexpr (kSame)
       if (in_place_) operand_ = weight_at<Weight>(problem_, first);
     for (int64_t j = 0; j < count; ++j) {
@@ -68,10 +68,10 @@ class WeightTile {
   // Makes (D, padded count) of the operand; classes that are not there are zeros.
   void transpose_operand() {
     if constexpr (std::is_same_v<Operand, Split>) {
-      transpose_plane(operand_.high, transposed_.get().high);
-      transpose_plane(operand_.rest, transposed_.get().rest);
+      transpose_plane(operand_.high, transposed().high, transposed().again);
+      transpose_plane(operand_.rest, transposed().rest);
     } else {
-      transpose_plane(operand_, transposed_.get());
+      transpose_plane(operand_, transposed());
     }
   }
 
@@ -84,15 +84,18 @@ class WeightTile {
   }
   int64_t depth() const { return depth_; }
   PointerTo<Operand> operand() const { return operand_; }
-  PointerTo<Operand> transposed() const { return transposed_.get(); }
-  int64_t transposed_ld() const { return tile_padded_; }
+  int64_t operand_ld() const { return kPlanes<Operand> * depth_; }
+  PointerTo<Operand> transposed() const {
+    return as_left<Operand>(transposed_.get(), padded_count());
+  }
+  int64_t transposed_ld() const { return transposed_ld_; }
   const float* factor() const { return factor_.get(); }  // f, 1 for inner products.
   const float* square() const { return square_.get(); }  // |w|^2, at least the smallest norm's.
   const float* bias() const { return bias_.get(); }
 
  private:
   template <class Element>
-  void transpose_plane(const Element* from, Element* to) const {
+  void transpose_plane(const Element* from, Element* to, Element* again = nullptr) const {
     int64_t depth = problem_.num_features;
     for (int64_t j = 0; j < padded_count(); j += kLanes)
       for (int64_t d = 0; d < depth; d += kLanes) {
@@ -100,14 +103,15 @@ class WeightTile {
         int64_t part = std::min(kLanes, depth_ - d);
         for (int64_t i = 0; i < kLanes; ++i) {
           if (j + i >= count_) block[i] = Lanes{};
-          else if (part == kLanes) block[i] = load(from + (j + i) * depth_ + d);
-          else block[i] = load_part(from + (j + i) * depth_ + d, part);
+          else if (part == kLanes) block[i] = load(from + (j + i) * operand_ld() + d);
+          else block[i] = load_part(from + (j + i) * operand_ld() + d, part);
         }
         transpose(block);
         for (int64_t i = 0; i < std::min(kLanes, depth - d); ++i) {
-          Element* target = to + (d + i) * tile_padded_ + j;
-          if constexpr (std::is_same_v<Element, float>) store(target, block[i]);
-          else store(target, bits_as<BitLanes>(block[i]));
+          int64_t at = (d + i) * transposed_ld_ + j;
+          if constexpr (std::is_same_v<Element, float>) store(to + at, block[i]);
+          else store(to + at, bits_as<BitLanes>(block[i]));
+          if (again) std::memcpy(again + at, to + at, kLanes * sizeof(Element));
         }
       }
   }
@@ -130,7 +134,7 @@ class WeightTile {
 
   float copy_row(int64_t j) const {
     const Weight* from = row(j);
-    PointerTo<Operand> to = copy_.get() + j * depth_;
+    PointerTo<Operand> to = as_left<Operand>(copy_.get() + j * operand_ld(), depth_);
     Lanes squares = Lanes{};
     int64_t depth = problem_.num_features, d = 0;
     if constexpr (std::is_same_v<Operand, Split>)
@@ -138,6 +142,7 @@ class WeightTile {
         Lanes x = load(from + d), y = load(from + d + kLanes);
         squares += x * x + y * y;
         store_halves(to.high + d, x, y);
+        store_halves(to.again + d, x, y);
         store_halves(to.rest + d, x - rounded_to_half(x), y - rounded_to_half(y));
       }
     if constexpr (!kSame && std::is_same_v<Operand, Half>)
@@ -156,6 +161,7 @@ class WeightTile {
         else store_part(to + d, x, room);
       } else if constexpr (std::is_same_v<Operand, Split>) {
         store_part(to.high + d, nearest_half(x), room);
+        store_part(to.again + d, nearest_half(x), room);
         store_part(to.rest + d, nearest_half(x - rounded_to_half(x)), room);
       } else {
         if (room == kLanes) store(to + d, nearest_half(x));
@@ -168,8 +174,8 @@ class WeightTile {
   const Problem& problem_;
   int64_t depth_;
   bool in_place_;
-  int64_t tile_padded_;
-  Operands<Operand> copy_, transposed_;
+  int64_t transposed_ld_;
+  Buffer<ElementOf<Operand>> copy_, transposed_;
   Buffer<float> factor_, square_, bias_;
   int64_t first_ = 0, count_ = 0;
   PointerTo<Operand> operand_{};
