@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from dist_dml.command_line import run_command
+from dist_dml.data.pack_command import PackCommand
 
 # Command -> module with `add_arguments(parser)` and `run(arguments) -> int`, and one line of help.
 COMMANDS = {
@@ -19,9 +20,15 @@ COMMANDS = {
     "pack glyphs": ("dist_dml.data.pack.glyphs", "draw characters of the installed typefaces"),
     "pack folder": ("dist_dml.data.pack.folder", "pack a class_name/image.jpg tree"),
     "pack cifar": ("dist_dml.data.pack.cifar", "pack CIFAR-10 or CIFAR-100's binary archive"),
+    "pack cub": ("dist_dml.data.pack.cub", "pack CUB-200-2011"),
+    "pack cars": ("dist_dml.data.pack.cars", "pack Cars196 in any of its layouts"),
+    "pack products": ("dist_dml.data.pack.online_products", "pack Stanford Online Products"),
+    "pack inshop": ("dist_dml.data.pack.inshop", "pack In-Shop: train, query, gallery"),
     "pack synthetic": ("dist_dml.data.pack.synthetic", "draw up to millions of seeded classes"),
     "pack digits": ("dist_dml.data.pack.digits", "pack scikit-learn's digits"),
-    "index": ("dist_dml.data.index_command", "index anybody's WebDataset tars"),
+    "index": ("dist_dml.data.index_command", "index anybody's WebDataset tars, local or remote"),
+    "verify": ("dist_dml.data.verify", "decode every image; --fix leaves damaged ones out"),
+    "leaks": ("dist_dml.data.leaks", "find images shared by splits, and label conflicts"),
     "track": ("dist_dml.tracking.sync_command", "send what MLflow has missed"),
     "ui": ("dist_dml.tracking.ui_command", "open the MLflow UI on this machine"),
 }
@@ -48,7 +55,8 @@ def _run(arguments: list[str]) -> int:
     if name not in COMMANDS:
         return _print_help(arguments)
     module = importlib.import_module(COMMANDS[name][0])
-    return run_command(f"dist-dml {name}", module, arguments[len(name.split()) :])
+    command = PackCommand(module) if name.startswith("pack ") else module
+    return run_command(f"dist-dml {name}", command, arguments[len(name.split()) :])
 
 
 def _print_help(arguments: list[str]) -> int:
@@ -63,7 +71,7 @@ def _print_help(arguments: list[str]) -> int:
         print(f"dist-dml: unknown command {arguments[0]!r}{hint}", file=stream)
     print(f"usage: dist-dml {group or 'COMMAND'} ...   (each command has --help)\n", file=stream)
     for name in shown:
-        print(f"  {name:<14} {COMMANDS[name][1]}", file=stream)
+        print(f"  {name:<16} {COMMANDS[name][1]}", file=stream)
     return 0 if asked else 2
 
 

@@ -6,7 +6,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NoReturn
+from typing import NoReturn, Protocol, runtime_checkable
 
 from dist_dml.errors import RunError, UsageError, print_failure
 
@@ -19,20 +19,33 @@ class CommandParser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see `{self.prog} --help`")
 
 
-def run_command(prog: str, module: ModuleType, argv: Sequence[str]) -> int:
-    """Parse `argv` with `module.add_arguments`, call `module.run`, return the exit code.
+@runtime_checkable
+class Command(Protocol):
+    """A command that is no module of its own; its docstring is its help."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the command's arguments."""
+        ...
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Do it. Returns the exit code."""
+        ...
+
+
+def run_command(prog: str, command: ModuleType | Command, argv: Sequence[str]) -> int:
+    """Parse `argv` with `command.add_arguments`, call `command.run`, return the exit code.
 
     Exit codes: what the command returns, 1 for a `RunError`, 2 for a `UsageError`, 130 for Ctrl-C.
     """
     parser = CommandParser(
         prog=prog,
-        description=module.__doc__,
+        description=command.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    module.add_arguments(parser)
+    command.add_arguments(parser)
     try:
-        return module.run(_parse(parser, argv))
+        return command.run(_parse(parser, argv))
     except (UsageError, RunError) as error:
         # Every worker of a group finds the same mistake in the same words; one of them says so.
         if os.environ.get("LOCAL_RANK", "0") == "0":

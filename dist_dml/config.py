@@ -8,26 +8,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from dist_dml.class_config import ClassesConfig
+from dist_dml.config_types import Count, Fraction, NonNegative, Positive, Section
+from dist_dml.data_config import DataConfig
 from dist_dml.errors import UsageError
 from dist_dml.loss_config import COUPLED_LOSSES, LossConfig
 from dist_dml.metric_parameters import parse_metric
-
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-Range = tuple[Positive, Positive]
-
-
-class Section(BaseModel):
-    """Frozen, and strict about keys."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=False, use_attribute_docstrings=True
-    )
 
 
 class RunConfig(Section):
@@ -44,96 +32,9 @@ class RunConfig(Section):
     resume: str = "no"
     """`no`: refuse a folder that already holds a run. `auto`: continue from its newest intact
     checkpoint, or start. A path: continue from that checkpoint. `--resume VALUE` sets this key."""
-
-
-class ImageConfig(Section):
-    """What an image is when it reaches the network."""
-
-    size: Count = 224
-    """Height and width in pixels after the crop."""
-    channels: Literal[1, 3] = 3
-    """1 for grey images, 3 for RGB. Stored images of the other kind are converted."""
-    resize: Annotated[int, Field(ge=0)] = 256
-    """Short side in pixels before the crop; 0 resizes the whole image to `size` x `size`."""
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    """Per-channel mean of pixels in 0..1, subtracted on the device."""
-    std: tuple[Positive, ...] = (0.229, 0.224, 0.225)
-    """Per-channel standard deviation of pixels in 0..1, divided by on the device."""
-
-    @model_validator(mode="after")
-    def _channels_agree(self) -> ImageConfig:
-        for name in ("mean", "std"):
-            if len(getattr(self, name)) != self.channels:
-                raise ValueError(
-                    f"data.image.{name} has {len(getattr(self, name))} values for "
-                    f"data.image.channels={self.channels}; give one value a channel"
-                )
-        if 0 < self.resize < self.size:
-            raise ValueError(
-                f"data.image.resize={self.resize} is smaller than data.image.size={self.size}; "
-                "make resize at least as large as size, or 0"
-            )
-        return self
-
-
-class AugmentConfig(Section):
-    """Random changes of a training image, each drawn from its position in the batch."""
-
-    crop_scale: Range = (1.0, 1.0)
-    """Area of the random crop as a share of the image. (1, 1) takes the centre crop."""
-    crop_ratio: Range = (0.75, 4 / 3)
-    """Width over height of the random crop."""
-    horizontal_flip: Fraction = 0.0
-    """Probability of mirroring left and right."""
-    rotation_degrees: NonNegative = 0.0
-    """Largest rotation either way."""
-    zoom: Range = (1.0, 1.0)
-    """Range of the random magnification about the centre."""
-    shift: Fraction = 0.0
-    """Largest shift either way, as a share of the side."""
-    brightness: Fraction = 0.0
-    """Largest relative change of brightness."""
-    contrast: Fraction = 0.0
-    """Largest relative change of contrast."""
-    saturation: Fraction = 0.0
-    """Largest relative change of saturation (RGB only)."""
-    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    """Largest change of hue as a share of the colour circle (RGB only)."""
-    noise: NonNegative = 0.0
-    """Standard deviation of Gaussian noise in grey levels (0..255)."""
-
-    @model_validator(mode="after")
-    def _ranges_ordered(self) -> AugmentConfig:
-        for name in ("crop_scale", "crop_ratio", "zoom"):
-            low, high = getattr(self, name)
-            if low > high:
-                raise ValueError(f"data.augment.{name}=({low}, {high}) runs backwards; swap them")
-        if self.crop_scale[1] > 1:
-            raise ValueError(f"data.augment.crop_scale={self.crop_scale} exceeds 1, the image")
-        return self
-
-
-class DataConfig(Section):
-    """Which samples, in which batches."""
-
-    path: str = ""
-    """Folder of a packed or indexed data set: tars, index.parquet, classes.parquet, dataset.json.
-    
-    """
-    split: str = "train"
-    """Split to train on."""
-    num_classes: Annotated[int, Field(ge=0)] = 0
-    """Classes of the classifier; 0 takes the number of training classes in the catalogue."""
-    batch_size: Count = 128
-    """Rows of the global batch, over all workers and micro-batches: one optimizer step."""
-    drop_last: bool = False
-    """Leave out the short last batch of an epoch instead of training on it."""
-    loader_processes: Annotated[int, Field(ge=0)] = 1
-    """Decoding processes of each worker; 0 decodes in the training process."""
-    prefetch: Count = 4
-    """Micro-batches that each decoding process prepares ahead."""
-    image: ImageConfig = ImageConfig()
-    augment: AugmentConfig = AugmentConfig()
+    accept_changed_data: bool = False
+    """Resume although the data or the order of the samples differ from the checkpoint's: the epoch
+    goes on at the same share of the new plan. Without it a difference is refused, and shown."""
 
 
 class ModelConfig(Section):

@@ -24,7 +24,8 @@ from dist_dml.checkpoint_manifest import Manifest, newest_checkpoint, verify_che
 from dist_dml.command_line import run_command
 from dist_dml.config import Config, ProtocolConfig
 from dist_dml.config_loading import Resolved
-from dist_dml.data.index import Index, load_index
+from dist_dml.data.index import Index
+from dist_dml.data.opening import open_index
 from dist_dml.entry import add_config_arguments, run_worker
 from dist_dml.errors import UsageError
 from dist_dml.measurement import (
@@ -79,7 +80,7 @@ def write_gallery(
 
     protocol = config.evaluation.protocols[0]
     distance = named_distance(config.evaluation.distances[0])
-    reader = open_reader(index, config.data.image.channels)
+    reader = open_reader(index, config.data.image.channels, config.data.storage)
     queries = measured.of(protocol.query, distance)
     gallery = measured.of(protocol.gallery, distance) if protocol.gallery else None
     # Of the classes shown alone: there may be millions of others.
@@ -181,7 +182,7 @@ def _evaluate(resolved: Resolved, world: World, arguments: argparse.Namespace) -
     run = Path(arguments.run)
     found = _find_checkpoint(run, arguments.checkpoint)
     checkpoint = found[0]
-    index = load_index(config.data.path)
+    index = open_index(config.data)
     check_evaluation(index, config, index.num_classes, world.ranks.local_size)
     rows: dict[str, dict[str, float]] = {}
     if arguments.baselines:
@@ -206,6 +207,13 @@ def _evaluate(resolved: Resolved, world: World, arguments: argparse.Namespace) -
     for name in written + ["certificates.png", "certificates.txt"] * bool(certificates):
         # The next `dist-dml track sync` takes them to MLflow.
         append_event(run, {"path": f"report/{name}", "folder": "report"})
+    for split, count in sorted(measured.left_out.items()):
+        if count:
+            print(
+                f"note: {count} damaged images of split {split} are left out of all scores; "
+                f"`dist-dml verify {index.folder}` names them",
+                file=sys.stderr,
+            )
     if arguments.json:
         print(json.dumps(scores))
     else:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dist_dml.checkpoint_manifest import Progress
 from dist_dml.config import Config
-from dist_dml.data.loader import Batch
+from dist_dml.data.batch_making import Batch
 from dist_dml.engine import engine_name
 from dist_dml.errors import RunError
 from dist_dml.parallel.classifier import ObjectiveOutput

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import psutil
@@ -19,7 +19,7 @@ from dist_dml.data.index import Index
 from dist_dml.data.loader import evaluation_batches
 from dist_dml.data.plan import row_counts, worker_slice
 from dist_dml.engine import autocast
-from dist_dml.errors import UsageError
+from dist_dml.errors import RunError, UsageError
 from dist_dml.losses.metric_space import MetricLoss
 from dist_dml.metric_parameters import parse_metric
 from dist_dml.models.embedder import Embedder
@@ -61,6 +61,8 @@ class Measurement:
     certified: dict[str, tuple[np.ndarray, np.ndarray, MetricLoss]] = field(default_factory=dict)
     """Epsilons, whether each image is classified correctly, and the loss, by the metric's text."""
     certificates: dict[str, Certificate] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Damaged images of each split, which no score counts."""
 
     def of(self, split: str, distance: Distance) -> Embeddings:
         """The vectors of a split that a distance compares."""
@@ -85,20 +87,35 @@ def embed_pixels(images: Tensor) -> Tensor:
 def embed_split(embed: Embed, index: Index, split: str, config: Config, world: World) -> Embeddings:
     """Embeddings of a whole split, on every worker; each embeds its slice.
 
+    Damaged images are left out, never replaced: the result then has fewer rows than the split.
     Costs one pass over the slice and an all-gather of the embeddings: N * D * 4 bytes a worker.
+
+    Raises:
+        RunError: if no image of the split can be read.
     """
     ids = index.select(split)
     counts = row_counts(len(ids), world.size)
     batches = evaluation_batches(
         index, split, config.data, config.evaluation.batch_size, world.rank, world.size
     )
-    parts = [embed(batch.images).float() for batch in batches]
+    parts, readable = [], []
+    for batch in batches:
+        parts.append(embed(batch.images).float())
+        readable.append(batch.readable)
     if not parts:  # More workers than images: learn the width from a blank one.
         image = config.data.image
         blank = torch.zeros(1, image.channels, image.size, image.size, dtype=torch.uint8)
-        parts = [embed(blank).float()[:0]]
-    vectors = gather_uneven(torch.cat(parts).to(world.device), counts, world.group)
-    return Embeddings(vectors.cpu().numpy(), index.class_id[ids], ids.astype(np.int64))
+        parts, readable = [embed(blank).float()[:0]], [torch.zeros(0, dtype=torch.bool)]
+    vectors = gather_uneven(torch.cat(parts).to(world.device), counts, world.group).cpu()
+    own = torch.cat(readable).to(world.device, torch.uint8)
+    kept = gather_uneven(own, counts, world.group).cpu().bool().numpy()
+    if not kept.any():
+        raise RunError(
+            f"none of the {len(ids)} images of split {split} can be read; `dist-dml verify "
+            f"{index.folder}` tells why"
+        )
+    ids = ids[kept].astype(np.int64)
+    return Embeddings(vectors.numpy()[kept], index.class_id[ids], ids)
 
 
 def measure_model(
@@ -116,6 +133,7 @@ def measure_model(
         if key not in found.vectors:
             if distance.space == "embedding":
                 found.vectors[key] = embed_split(model.embed, index, split, config, world)
+                found.left_out[split] = len(index.select(split)) - len(found.vectors[key])
             else:
                 plain = vectors_of(split, named_distance("l2"))
                 found.vectors[key] = _class_vectors(plain, model.classifier, distance)
@@ -144,8 +162,11 @@ def measure_model(
             split = config.evaluation.certificate_split
             known = vectors_of(split, named_distance("l2"))
             _certify(found, known, model.classifier, text, split)
+    for split, count in found.left_out.items():
+        if count:
+            found.scores[f"data/left_out/{split}"] = float(count)
     scores = gather_objects(found.scores, world.group)[0]
-    return Measurement(scores, found.vectors, found.certified, found.certificates)
+    return replace(found, scores=scores)
 
 
 def _agreement(

@@ -22,12 +22,16 @@ from dataclasses import replace
 
 import torch
 
+from dist_dml.agreement import check_agreement, epoch_facts
 from dist_dml.checkpoint import Contents, save_checkpoint
 from dist_dml.checkpoint_manifest import Progress, prune_checkpoints
 from dist_dml.command_line import run_command
 from dist_dml.config import Config
 from dist_dml.config_loading import Resolved, config_hash, to_yaml
-from dist_dml.data.loader import Batch, training_batches
+from dist_dml.damage_report import DamageReport
+from dist_dml.data.batch_making import Batch
+from dist_dml.data.damage import Damage
+from dist_dml.data.loader import training_batches
 from dist_dml.engine import Engine
 from dist_dml.entry import add_config_arguments, run_worker
 from dist_dml.errors import RunError
@@ -67,6 +71,9 @@ def loop(config: Config, run: TrainingRun, world: World, journal: Journal) -> No
     """The training loop. One iteration is one micro-batch; a step ends with a batch's last one."""
     engine, classifier, plan = run.engine, run.classifier, run.plan
     progress = run.start
+    ignored = config.loss.ignore_index
+    damage = Damage(run.index, plan.sample_ids, config.data, config.run.seed, ignored)
+    report = DamageReport(damage, run.folder, world)
     batches = training_batches(
         run.index,
         plan,
@@ -76,10 +83,15 @@ def loop(config: Config, run: TrainingRun, world: World, journal: Journal) -> No
         world.size,
         progress.step,
         run.total_steps,
+        damage,
     )
     engine.embedder.train()
     journal.begin(progress)
     for batch in journal.timed(batches):
+        if batch.micro == 0 and batch.step % plan.steps_per_epoch == 0:
+            facts = epoch_facts(plan, run.index.fingerprint, batch.step, run.total_steps)
+            when = f"at the start of epoch {batch.step // plan.steps_per_epoch + 1}"
+            check_agreement(when, facts, world)
         last = batch.micro == config.training.accumulate - 1
         factor = learning_rate_factor(batch.step, run.total_steps, config.schedule)
         batch_rows = plan.num_rows(batch.step)
@@ -96,7 +108,13 @@ def loop(config: Config, run: TrainingRun, world: World, journal: Journal) -> No
         )
         epoch, within = divmod(progress.step, plan.steps_per_epoch)
         ends_epoch, ends_run = within == 0, progress.step == run.total_steps
-        journal.step_done(progress, epoch, factor, batch_rows, classifier.report)
+        journal.step_done(
+            progress,
+            epoch,
+            factor,
+            batch_rows,
+            lambda: classifier.report() | report.metrics(),
+        )
 
         is_best = False
         if ends_run or (ends_epoch and _is_due(epoch, config.evaluation.every_epochs)):
@@ -139,7 +157,7 @@ def train_step(
         seed: `run.seed`.
     """
     device = classifier.weight.device
-    images = batch.images.to(device, non_blocking=True)
+    images = batch.images_on(device)
     labels = batch.labels.to(device, non_blocking=True)
     positions = batch.positions.to(device, non_blocking=True)
     # Dropout is keyed by step and position in the batch, not by worker.

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import subprocess
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from dist_dml.agreement import check_agreement, epoch_facts
 from dist_dml.checkpoint import load_classes, load_embedder_tensors, load_optimizer_state
 from dist_dml.checkpoint_manifest import Manifest, Progress, newest_checkpoint, verify_checkpoint
 from dist_dml.config import Config
 from dist_dml.config_loading import config_hash, to_yaml
-from dist_dml.data.index import Index, load_index
-from dist_dml.data.plan import Plan
+from dist_dml.data.index import Index
+from dist_dml.data.opening import open_index, open_plan
+from dist_dml.data.plan import Plan, plan_differences
 from dist_dml.engine import Engine, build_engine
 from dist_dml.errors import UsageError
 from dist_dml.loss_config import LossConfig
@@ -60,7 +63,7 @@ def prepare(config: Config, world: World) -> TrainingRun:
     """
     if not config.data.path:
         raise UsageError("data.path is empty; set it to a packed data set (`dist-dml pack --help`)")
-    index = load_index(config.data.path)
+    index = open_index(config.data)
     num_classes = config.data.num_classes or index.num_classes
     index.check_labels(config.data.split, num_classes)
     check_evaluation(index, config, num_classes, world.ranks.local_size)
@@ -70,6 +73,9 @@ def prepare(config: Config, world: World) -> TrainingRun:
     total_steps = config.training.epochs * plan.steps_per_epoch
     if config.training.max_steps:
         total_steps = min(total_steps, config.training.max_steps)
+    agreed = {"config": config_hash(config), "num_classes": num_classes}
+    agreed |= epoch_facts(plan, index.fingerprint, 0, total_steps)
+    check_agreement("before the first step", agreed, world)
 
     folder = Path(config.run.root) / config.run.name
     found = gather_objects(_claim_folder(config, folder, world), world.group)[0]
@@ -83,7 +89,7 @@ def prepare(config: Config, world: World) -> TrainingRun:
         config.loss,
         config.optimizer,
         config.run.seed,
-        max_rows=-(-config.data.batch_size // config.training.accumulate),
+        max_rows=plan.max_micro_rows,
         device=world.device,
         class_counts=index.class_counts(config.data.split, num_classes),
         classes=config.classes,
@@ -95,21 +101,12 @@ def prepare(config: Config, world: World) -> TrainingRun:
 
 
 def _plan(config: Config, index: Index) -> tuple[Plan, dict[str, Any]]:
-    data = config.data
-    plan = Plan(
-        index.select(data.split),
-        data.batch_size,
-        config.training.accumulate,
-        config.run.seed,
-        data.drop_last,
-    )
+    plan = open_plan(index, config.data, config.training.accumulate, config.run.seed)
     facts = {
         "fingerprint": index.fingerprint,
-        "split": data.split,
-        "seed": config.run.seed,
-        "batch_size": data.batch_size,
-        "accumulate": config.training.accumulate,
-        "drop_last": data.drop_last,
+        "split": config.data.split,
+        **plan.identity(),
+        "steps_per_epoch": plan.steps_per_epoch,
     }
     return plan, facts
 
@@ -167,7 +164,7 @@ def _restore(
     if found is None:
         return Progress(), build_engine(config, embedder.to(world.device), world)
     path, manifest = found
-    _check_plan(path, manifest.plan, facts)
+    progress = _place_in_plan(config, path, manifest, facts, world)
     _check_state(path, config)
     try:
         embedder.load_state_dict(load_embedder_tensors(path))
@@ -180,21 +177,39 @@ def _restore(
     load_classes(path, manifest, classifier)
     engine = build_engine(config, embedder.to(world.device), world)
     engine.load_optimizer_tensors(load_optimizer_state(path))
-    return manifest.progress, engine
+    return progress, engine
 
 
-def _check_plan(path: Path, stored: dict[str, Any], facts: dict[str, Any]) -> None:
-    differing = [
-        f"{key} {stored.get(key)!r} -> {facts[key]!r}"
-        for key in facts
-        if stored.get(key) != facts[key]
-    ]
-    if differing:
+def _place_in_plan(
+    config: Config, path: Path, manifest: Manifest, facts: dict[str, Any], world: World
+) -> Progress:
+    """Where the plan goes on: at the checkpoint's step or, in a changed plan, at the same share of
+    the same epoch.
+
+    Raises:
+        UsageError: the plan has changed and `run.accept_changed_data` is not set.
+    """
+    differing = plan_differences(manifest.plan, facts)
+    if not differing:
+        return manifest.progress
+    changes = "; ".join(differing)
+    if not config.run.accept_changed_data:
         raise UsageError(
-            f"checkpoint {path} was trained in another order of samples ({'; '.join(differing)}); "
-            "resume with the same data, run.seed, data.batch_size, data.drop_last and "
-            "training.accumulate, or start a new run.name"
+            f"checkpoint {path} was trained in another order of samples ({changes}); resume with "
+            "the same data and order, set run.accept_changed_data=true to go on at the same share "
+            "of the epoch, or start a new run.name"
         )
+    before = manifest.plan.get("steps_per_epoch", facts["steps_per_epoch"])
+    epoch, within = divmod(manifest.progress.step, before)
+    step = epoch * facts["steps_per_epoch"] + within * facts["steps_per_epoch"] // before
+    if world.is_first:
+        print(
+            f"note: going on from {path.name} in a changed order of samples ({changes}): step "
+            f"{manifest.progress.step} of {before} an epoch becomes step {step} of "
+            f"{facts['steps_per_epoch']} an epoch",
+            file=sys.stderr,
+        )
+    return replace(manifest.progress, step=step)
 
 
 def _check_state(path: Path, config: Config) -> None:

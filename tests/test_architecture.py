@@ -24,6 +24,8 @@ LEVELS = {
     **dict.fromkeys(
         (
             "entry",
+            "agreement",
+            "damage_report",
             "journal",
             "training_run",
             "measurement",
@@ -67,7 +69,17 @@ LEVELS = {
     ),
     **dict.fromkeys(("losses", "parallel"), 1),
     **dict.fromkeys(("config", "config_loading", "errors", "keyed_random", "schedule"), 0),
-    **dict.fromkeys(("whole_files", "class_config", "loss_config", "metric_parameters"), 0),
+    **dict.fromkeys(
+        (
+            "whole_files",
+            "class_config",
+            "config_types",
+            "data_config",
+            "loss_config",
+            "metric_parameters",
+        ),
+        0,
+    ),
     "": 0,  # The package itself, which holds the version.
 }
 # Heavy libraries and the one part of the package that imports them, inside functions. Matplotlib

@@ -33,7 +33,7 @@ def test_help_lists_every_command_and_ends_well(capsys: pytest.CaptureFixture[st
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
     for name, (_, text) in COMMANDS.items():
-        assert f"  {name:<14} {text}" in shown
+        assert f"  {name:<16} {text}" in shown
     assert main(["pack", "--help"]) == 0
     shown = capsys.readouterr().out
     assert "pack glyphs" in shown

@@ -1,36 +1,60 @@
-"""From a decoded image to the pixels that the network sees. Every random draw comes from one key.
+"""From the bytes of an image to the pixels that the network sees. Every draw comes from one key.
 
-Dimensions: H, W source pixels; S = `image.size`; C channels. Coordinates are pixel edges: pixel i
-covers [i, i + 1), so that resizing by any factor keeps the picture where it is.
+Dimensions: H, W source pixels; S = `image.size`; C channels.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from dist_dml.config import AugmentConfig, ImageConfig
+from dist_dml.data.crops import CROP_DRAWS, Box, centre_box, cut, mirror, random_box
+from dist_dml.data.decode import checked_size, decode_reduced, possible_reduction
+from dist_dml.data_config import AugmentConfig, ImageConfig
 from dist_dml.keyed_random import generator
 
-# OpenCV would start its own threads in every loader process.
-cv2.setNumThreads(0)
-
-_CROP_ATTEMPTS = 10
-_NUM_DRAWS = 16 + 4 * _CROP_ATTEMPTS
+_NUM_DRAWS = 16 + CROP_DRAWS
 
 
-@dataclass(frozen=True)
-class _Box:
-    """A rectangle of the source image, in source pixels."""
+def training_view(
+    data: bytes, image: ImageConfig, augment: AugmentConfig, key: int
+) -> tuple[UInt8[np.ndarray, "S S C"], bool]:
+    """A random view of an encoded image, and whether the device must still mirror it.
 
-    left: float
-    top: float
-    width: float
-    height: float
+    Equal to `train_transform(decode(data, C), ...)` once it is mirrored left and right where the
+    second value says so, except for large JPEGs: of one whose crop has at least twice the pixels of
+    the view in both directions, only 1/2, 1/4 or 1/8 of the size is decoded, so that the crop still
+    has at least the view's pixels. That moves the crop's edges by less than a pixel of the view,
+    and changes pixels by a few grey levels. A pure function of its arguments.
+
+    Raises:
+        BadSample: not an image, or damaged.
+    """
+    height, width = checked_size(data)
+    random = generator(key)
+    draws = random.random(_NUM_DRAWS).tolist()
+    box = _training_box(height, width, image, augment, draws)
+    least = image.size * _zoom(augment, draws)
+    pixels, box = _decode_for(data, (height, width), box, image.channels, least)
+    return _random_view(pixels, box, image, augment, draws, random)
+
+
+def evaluation_view(data: bytes, image: ImageConfig) -> UInt8[np.ndarray, "S S C"]:
+    """`evaluation_transform(decode(data, C), image)`; large JPEGs are decoded reduced.
+
+    See `training_view` for when, and how near the two are.
+
+    Raises:
+        BadSample: not an image, or damaged.
+    """
+    height, width = checked_size(data)
+    box = centre_box(height, width, image)
+    pixels, box = _decode_for(data, (height, width), box, image.channels, image.size)
+    return cut(pixels, box, image.size)
 
 
 def evaluation_transform(
@@ -41,13 +65,13 @@ def evaluation_transform(
     Equal to cropping S / resize of the short side from the centre and resizing that once, by area
     averaging where it shrinks.
     """
-    return _cut(image, _centre_box(image, config), config.size)
+    return cut(image, centre_box(image.shape[0], image.shape[1], config), config.size)
 
 
 def train_transform(
     image: UInt8[np.ndarray, "H W C"], config: ImageConfig, augment: AugmentConfig, key: int
 ) -> UInt8[np.ndarray, "S S C"]:
-    """A random view of the image; a pure function of its arguments.
+    """A random view of a decoded image; a pure function of its arguments.
 
     Crop (area and aspect ratio as torchvision's RandomResizedCrop), mirror, rotation, zoom and
     shift are one affine warp, with the border replicated; colour and noise follow. Without any
@@ -62,83 +86,76 @@ def train_transform(
     """
     random = generator(key)
     draws = random.random(_NUM_DRAWS).tolist()
-    box = _centre_box(image, config)
-    if augment.crop_scale != (1.0, 1.0):
-        box = _random_box(image, augment, draws[16:])
-    mirror = draws[0] < augment.horizontal_flip
+    box = _training_box(image.shape[0], image.shape[1], config, augment, draws)
+    view, mirrored = _random_view(image, box, config, augment, draws, random)
+    return mirror(view) if mirrored else view
+
+
+def _training_box(
+    height: int, width: int, config: ImageConfig, augment: AugmentConfig, draws: Sequence[float]
+) -> Box:
+    if augment.crop_scale == (1.0, 1.0):
+        return centre_box(height, width, config)
+    return random_box(height, width, augment, draws[16:])
+
+
+def _zoom(augment: AugmentConfig, draws: Sequence[float]) -> float:
+    low, high = augment.zoom
+    return low + (high - low) * draws[1]
+
+
+def _decode_for(
+    data: bytes, size: tuple[int, int], box: Box, channels: int, least: float
+) -> tuple[np.ndarray, Box]:
+    """Pixels of which the box keeps `least` in both directions, and the box in their coordinates.
+
+    `least` may exceed the box: then nothing is reduced.
+    """
+    reduction = possible_reduction(data, size, (box.height, box.width), least)
+    pixels, reduction = decode_reduced(data, channels, size, reduction)
+    return pixels, box.reduced(reduction)
+
+
+def _random_view(
+    image: np.ndarray,
+    box: Box,
+    config: ImageConfig,
+    augment: AugmentConfig,
+    draws: Sequence[float],
+    random: np.random.Generator,
+) -> tuple[np.ndarray, bool]:
+    """The view of a box, and whether it is still to be mirrored: a warp has done so already."""
+    mirrored = draws[0] < augment.horizontal_flip
     if augment.rotation_degrees or augment.shift or augment.zoom != (1.0, 1.0):
-        view = _warp(image, box, config.size, augment, draws[1:5], mirror)
+        view = _warp(image, box, config.size, augment, draws, mirrored)
+        mirrored = False
     else:
-        view = _cut(image, box, config.size)
-        if mirror:
-            view = np.ascontiguousarray(view[:, ::-1])
+        view = cut(image, box, config.size)
     view = _recolour(view, augment, draws[5:9])
     if augment.noise:
         noise = random.standard_normal(view.shape, dtype=np.float32) * np.float32(augment.noise)
+        if mirrored:
+            noise = noise[:, ::-1]  # So that it lies as drawn once the view is mirrored.
         view = np.clip(np.rint(view + noise), 0, 255).astype(np.uint8)
-    return view
-
-
-def _centre_box(image: np.ndarray, config: ImageConfig) -> _Box:
-    height, width = image.shape[:2]
-    if not config.resize:
-        return _Box(0.0, 0.0, float(width), float(height))
-    side = min(height, width) * config.size / config.resize
-    return _Box((width - side) / 2, (height - side) / 2, float(side), float(side))
-
-
-def _random_box(image: np.ndarray, augment: AugmentConfig, draws: list[float]) -> _Box:
-    """RandomResizedCrop: ten tries at an area share and a log-uniform ratio, then a centre crop."""
-    height, width = image.shape[:2]
-    low, high = augment.crop_scale
-    narrow, wide = augment.crop_ratio
-    for start in range(0, 4 * _CROP_ATTEMPTS, 4):
-        share, tilt, across, down = draws[start : start + 4]
-        area = height * width * (low + (high - low) * share)
-        ratio = math.exp(math.log(narrow) + math.log(wide / narrow) * tilt)
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            left, top = int(across * (width - w + 1)), int(down * (height - h + 1))
-            return _Box(float(left), float(top), float(w), float(h))
-    ratio = min(max(width / height, narrow), wide)
-    w, h = min(width, round(height * ratio)), min(height, round(width / ratio))
-    w, h = max(w, 1), max(h, 1)
-    return _Box((width - w) / 2, (height - h) / 2, float(w), float(h))
-
-
-def _cut(image: np.ndarray, box: _Box, size: int) -> np.ndarray:
-    """Resize one box of the image to S x S, its edges rounded to whole pixels."""
-    height, width = image.shape[:2]
-    w, h = min(max(round(box.width), 1), width), min(max(round(box.height), 1), height)
-    left = min(max(round(box.left), 0), width - w)
-    top = min(max(round(box.top), 0), height - h)
-    part = image[top : top + h, left : left + w]
-    if (h, w) == (size, size):
-        return np.ascontiguousarray(part)
-    shrinks = h >= size and w >= size
-    method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    # A slice of an image is no OpenCV matrix when it has one channel as third axis.
-    resized = cv2.resize(np.ascontiguousarray(part), (size, size), interpolation=method)
-    return resized.reshape(size, size, image.shape[2])
+    return view, mirrored
 
 
 def _warp(
     image: np.ndarray,
-    box: _Box,
+    box: Box,
     size: int,
     augment: AugmentConfig,
-    draws: list[float],
-    mirror: bool,
+    draws: Sequence[float],
+    mirrored: bool,
 ) -> np.ndarray:
     """Rotate, zoom, shift and mirror the box's content within S x S.
 
     Bilinear sampling aliases where it shrinks. The image is first shrunk by area until the rest of
     the reduction is at most 2, then warped at twice the size and averaged by 2 x 2.
     """
-    low, high = augment.zoom
-    zoom = low + (high - low) * draws[0]
-    angle = math.radians(augment.rotation_degrees * (2 * draws[1] - 1))
-    shift_x, shift_y = (augment.shift * size * (2 * draw - 1) for draw in draws[2:4])
+    zoom = _zoom(augment, draws)
+    angle = math.radians(augment.rotation_degrees * (2 * draws[2] - 1))
+    shift_x, shift_y = (augment.shift * size * (2 * draw - 1) for draw in draws[3:5])
 
     height, width = image.shape[:2]
     reduction = max(box.width, box.height) / (size * zoom)
@@ -152,7 +169,7 @@ def _warp(
 
     # Output edge coordinate u -> source: centre + scale * R(-angle) / zoom * (u - S/2 - shift).
     side = size * oversample
-    scale_x = box.width / side * factor_x / zoom * (-1 if mirror else 1)
+    scale_x = box.width / side * factor_x / zoom * (-1 if mirrored else 1)
     scale_y = box.height / side * factor_y / zoom
     cos, sin = math.cos(angle), math.sin(angle)
     linear = np.array([[scale_x * cos, scale_x * sin], [-scale_y * sin, scale_y * cos]])
@@ -174,7 +191,7 @@ def _warp(
     return view.reshape(size, size, -1)
 
 
-def _recolour(view: np.ndarray, augment: AugmentConfig, draws: list[float]) -> np.ndarray:
+def _recolour(view: np.ndarray, augment: AugmentConfig, draws: Sequence[float]) -> np.ndarray:
     """Brightness, contrast about the mean grey, saturation, hue, in this order."""
     brightness = 1 + augment.brightness * (2 * draws[0] - 1)
     contrast = 1 + augment.contrast * (2 * draws[1] - 1)

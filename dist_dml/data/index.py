@@ -8,9 +8,8 @@ A *sample id* is the row number of the index, over all splits.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ import torch
 from jaxtyping import Int, Int8, Int32, Int64, UInt32
 from torch import Tensor
 
+from dist_dml.data.quarantine import quarantined_fingerprint, quarantined_ids
+from dist_dml.data.shard_changes import check_shards, is_url
 from dist_dml.data.shards import IMAGE_EXTENSIONS
 from dist_dml.errors import UsageError
 
@@ -32,16 +33,25 @@ EXTENSIONS = IMAGE_EXTENSIONS
 
 
 @dataclass(frozen=True, eq=False)
+class JoinedParts:
+    """Where the samples of several data sets come from that are one index."""
+
+    class_names: tuple[str, ...]
+    parts: tuple[tuple[Index, Int64[np.ndarray, " _"]], ...]
+    """Of each, its index and those of its sample ids that are taken, one part after the other."""
+
+
+@dataclass(frozen=True, eq=False)
 class Index:
     """All samples of a data set. Arrays have one entry a sample, `N` in all.
 
     Attributes:
-        folder: the data set folder.
-        shards: paths of the tars, relative to `folder` where they lie below it.
+        folder: the data set folder; of a mixture, the first.
+        shards: the tars: paths, relative to `folder` where they lie below it, or URLs.
         split_names: the split of code i.
         num_classes: training classes; their ids are 0..num_classes-1.
         fingerprint: changes with keys, classes, splits, order, image bytes or source parameters,
-            and not with the way the samples are cut into shards.
+            and not with the way the samples are cut into shards; also with the quarantine.
         metadata: the content of `dataset.json`.
         split: code of each sample's split.
         class_id: class of each sample.
@@ -50,6 +60,9 @@ class Index:
         size: bytes of its image.
         extension: code of its image's extension in `EXTENSIONS`.
         checksum: CRC-32 of its image's bytes.
+        part: which data set of a mixture it is of, 0 being the first; None without a mixture.
+        quarantined: sample ids, ascending, that are in no split.
+        joined: of a mixture, where its samples come from.
     """
 
     folder: Path
@@ -65,6 +78,9 @@ class Index:
     size: Int64[np.ndarray, " N"]
     extension: Int8[np.ndarray, " N"]
     checksum: UInt32[np.ndarray, " N"]
+    part: Int8[np.ndarray, " N"] | None = None
+    quarantined: Int64[np.ndarray, " q"] = field(default_factory=lambda: np.zeros(0, np.int64))
+    joined: JoinedParts | None = None
 
     def __len__(self) -> int:
         return len(self.class_id)
@@ -81,25 +97,57 @@ class Index:
         """The name of each class in the catalogue, by class id; training classes come first."""
         import pyarrow.parquet
 
+        if self.joined is not None:
+            return self.joined.class_names
         table = pyarrow.parquet.read_table(self.folder / CLASSES_FILE, columns=["name"])
         return tuple(table["name"].to_pylist())
 
     def key(self, sample_id: int) -> str:
         """The WebDataset key of one sample."""
-        return self._keys[int(sample_id)].as_py()
+        row = int(sample_id)
+        if self.joined is None:
+            return self._keys[row].as_py()
+        for index, ids in self.joined.parts:
+            if row < len(ids):
+                return index.key(int(ids[row]))
+            row -= len(ids)
+        raise IndexError(f"sample {sample_id} of {len(self)}")
+
+    def keys(self, start: int, stop: int) -> list[str]:
+        """The keys of the samples `start` to `stop`, of an index that is not joined."""
+        assert self.joined is None, "the keys of a mixture lie in several files"
+        return self._keys.slice(start, stop - start).to_pylist()
+
+    def num_without_size(self) -> int:
+        """Images whose headers state no size: no JPEG, PNG or WebP, or damaged. Reads the file."""
+        import pyarrow.parquet
+
+        path = self.folder / INDEX_FILE
+        if "width" not in pyarrow.parquet.read_schema(path).names:  # An index of before 2026-11.
+            return 0
+        width = pyarrow.parquet.read_table(path, columns=["width"])["width"].to_numpy()
+        return int(np.sum(width == 0))
+
+    def shard_location(self, shard: int) -> str:
+        """Path or URL of the tar of code `shard`."""
+        name = self.shards[shard]
+        return name if is_url(name) else str(self.folder / name)
 
     def shard_path(self, shard: int) -> Path:
-        """The tar of code `shard`."""
+        """The tar of code `shard`, a local one."""
+        assert not is_url(self.shards[shard]), "a remote shard has no path"
         return self.folder / self.shards[shard]
 
     def select(self, split: str) -> Int[np.ndarray, " n"]:
-        """The sample ids of a split, ascending.
+        """The sample ids of a split, ascending, without those in quarantine.
 
         Raises:
             UsageError: if the data set has no sample of that split.
         """
         code = self.split_names.index(split) if split in self.split_names else -1
         chosen = np.flatnonzero(self.split == code)
+        if len(self.quarantined):
+            chosen = chosen[~np.isin(chosen, self.quarantined, assume_unique=True)]
         if not len(chosen):
             known = ", ".join(
                 f"{name} ({int(np.sum(self.split == i))})"
@@ -139,23 +187,40 @@ class Index:
 def load_index(folder: str | Path) -> Index:
     """Read the index of a data set folder and check that its tars are those that were indexed.
 
-    Costs one `stat` per shard and about 35 bytes of memory per sample.
+    Costs one `stat` per local shard, three reads per shard whose time is another than when it was
+    indexed, and about 35 bytes of memory per sample. Remote shards are checked when they are
+    fetched.
 
     Raises:
-        UsageError: if the folder is missing, not indexed, damaged, or a tar is missing or has
-            another size than when it was indexed.
+        UsageError: if the folder is missing, not indexed, damaged, or a tar is missing or another
+            than the one that was indexed; if its quarantine is of another index.
+    """
+    index = load_unchecked(folder)
+    ids = quarantined_ids(index.folder, index.fingerprint, len(index))
+    columns = {name: getattr(index, name) for name in ("offset", "size", "checksum")}
+    check_shards(index.folder, index.metadata["shards"], columns, ids)
+    fingerprint = quarantined_fingerprint(index.fingerprint, ids)
+    return replace(index, quarantined=ids, fingerprint=fingerprint)
+
+
+def load_unchecked(folder: str | Path) -> Index:
+    """Read an index without a look at its tars and its quarantine: for repairs, not for training.
+
+    Raises:
+        UsageError: if the folder is missing, not indexed, or its index is damaged.
     """
     if not str(folder):
         raise UsageError("data.path is empty; set it to the folder of a packed data set")
     root = Path(folder)
     metadata = _read_metadata(root)
     recorded, columns = _read_columns(root)
-    if recorded != metadata["fingerprint"]:
-        raise UsageError(
-            f"data.path={root}: {INDEX_FILE} and {DATASET_FILE} are of different data sets "
-            f"(fingerprints {recorded[:12]} and {metadata['fingerprint'][:12]}); {_remedy(root)}"
-        )
-    _check_shards(root, metadata["shards"])
+    for name in ("fingerprint", "layout"):  # Indexes older than the layout have none.
+        stated = metadata.get(name, "")
+        if recorded[name] != stated:
+            raise UsageError(
+                f"data.path={root}: {INDEX_FILE} and {DATASET_FILE} are of different data sets "
+                f"({name}s {recorded[name][:12]} and {stated[:12]}); {_remedy(root)}"
+            )
     return Index(
         folder=root,
         shards=tuple(shard["name"] for shard in metadata["shards"]),
@@ -163,15 +228,15 @@ def load_index(folder: str | Path) -> Index:
         num_classes=metadata["num_classes"],
         fingerprint=metadata["fingerprint"],
         metadata=metadata,
-        **columns,
+        **columns,  # pyright: ignore[reportArgumentType]
     )
 
 
 _COLUMNS = ["split", "class_id", "shard", "offset", "size", "extension", "checksum"]
 
 
-def _read_columns(root: Path) -> tuple[str, dict[str, np.ndarray]]:
-    """The fingerprint that the index states, and its columns without the keys.
+def _read_columns(root: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """The fingerprint and layout that the index states, and its columns without the keys.
 
     One column at a time, and pyarrow's pages given back: read at once, 2.5 million samples held 0.2
     GB more than their arrays (2026-11), in every worker.
@@ -181,7 +246,10 @@ def _read_columns(root: Path) -> tuple[str, dict[str, np.ndarray]]:
 
     try:
         with ParquetFile(root / INDEX_FILE) as file:
-            recorded = (file.schema_arrow.metadata or {}).get(b"fingerprint", b"").decode()
+            stamp = file.schema_arrow.metadata or {}
+            recorded = {
+                name: stamp.get(name.encode(), b"").decode() for name in ("fingerprint", "layout")
+            }
             columns = {name: file.read([name])[name].to_numpy() for name in _COLUMNS}
     except (OSError, pyarrow.ArrowException) as error:
         reason = str(error).splitlines()[0]
@@ -203,7 +271,7 @@ def _read_metadata(root: Path) -> dict[str, Any]:
             "or correct data.path"
         )
     if not (root / DATASET_FILE).is_file() or not (root / INDEX_FILE).is_file():
-        if not any(root.glob("*.tar")):
+        if not any(root.glob("*.tar")) and not (root / INDEX_FILE).is_file():
             raise UsageError(
                 f"data.path={root}: holds no shards (*.tar); correct data.path, or pack a data "
                 f"set there and run `dist-dml index {root}`"
@@ -220,21 +288,3 @@ def _read_metadata(root: Path) -> dict[str, Any]:
             f"{_remedy(root)}"
         )
     return metadata
-
-
-def _check_shards(root: Path, shards: list[dict[str, Any]]) -> None:
-    """Offsets into a tar that has changed would read other bytes."""
-    for shard in shards:
-        path = root / shard["name"]
-        try:
-            size = os.stat(path).st_size
-        except OSError:
-            raise UsageError(
-                f"data.path={root}: shard {shard['name']} is missing; bring it back or "
-                f"{_remedy(root)}"
-            ) from None
-        if size != shard["bytes"]:
-            raise UsageError(
-                f"data.path={root}: shard {shard['name']} has {size} bytes and was indexed with "
-                f"{shard['bytes']}; {_remedy(root)}"
-            )

@@ -6,17 +6,16 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int64
 
-from dist_dml.data.shards import ScannedSample
 from dist_dml.errors import UsageError
 
 TRAIN = "train"
 """The split whose classes get the ids 0..num_classes-1."""
+LabelKind = Literal["no_label", "bad_label", "label_not_text"]
 _INTEGER = re.compile(r"^[+-]?\d+$")
 
 
@@ -29,48 +28,81 @@ class Classes:
     class_id: Int64[np.ndarray, " N"]
 
 
-def read_label(stream: BinaryIO, path: Path, sample: ScannedSample, label_key: str) -> str:
-    """The label of one sample as text: its `.cls`, otherwise `label_key` of its `.json`.
+class LabelFault(Exception):
+    """A label that cannot be used; the message names the member and says what to do."""
+
+    def __init__(self, reason: str, kind: LabelKind) -> None:
+        super().__init__(reason, kind)
+        self.reason, self.kind = reason, kind
+
+
+def cls_label(data: bytes) -> str:
+    """The label that a `.cls` member states.
 
     Raises:
-        UsageError: if it is not UTF-8, empty, not JSON, or absent from the JSON object.
+        LabelFault: it is not UTF-8, or empty.
     """
-    where = f"shard {path}: key {sample.key}"
-    member = sample.labels.get("cls") or sample.labels["json"]
-    stream.seek(member.offset)
+    return _not_empty(_text(data, "cls"), "cls")
+
+
+def json_label(data: bytes, label_key: str) -> str:
+    """The label that a `.json` member states under `label_key`, as text.
+
+    Raises:
+        LabelFault: it is not UTF-8, not JSON, has no such key, or the value is neither an integer
+            nor a name.
+    """
     try:
-        text = stream.read(member.size).decode("utf-8").strip()
+        content = json.loads(_text(data, "json"))
+    except (ValueError, RecursionError):
+        raise LabelFault(".json is not valid JSON; write it again", "bad_label") from None
+    if not isinstance(content, dict) or label_key not in content:
+        keys = ", ".join(sorted(content)[:8]) if isinstance(content, dict) else "no object"
+        raise LabelFault(
+            f".json has no {label_key!r} (it has: {keys}); name the key with --label-key",
+            "no_label",
+        )
+    return _not_empty(value_label(content[label_key], ".json"), "json")
+
+
+def value_label(value: object, where: str) -> str:
+    """An integer or a name as the text of a label.
+
+    Raises:
+        LabelFault: it is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        shown = f"{value!r:.60}"
+        raise LabelFault(
+            f"{where} has label {shown}, neither an integer nor a name; correct it", "bad_label"
+        )
+    text = str(value).strip()
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # JSON can escape half a character.
+        raise LabelFault(f"{where} has label {text!a:.60}, not text", "label_not_text") from None
+    return text
+
+
+def _text(data: bytes, extension: str) -> str:
+    try:
+        return data.decode("utf-8").strip()
     except UnicodeDecodeError:
-        raise UsageError(
-            f"{where}: .{member.extension} is not UTF-8; write the label as text"
+        raise LabelFault(
+            f".{extension} is not UTF-8; write the label as text", "label_not_text"
         ) from None
-    if member.extension == "json":
-        text = _json_label(text, where, label_key)
+
+
+def _not_empty(text: str, extension: str) -> str:
     if not text:
-        raise UsageError(
-            f"{where}: .{member.extension} holds an empty label; write an integer or a name"
+        raise LabelFault(
+            f".{extension} holds an empty label; write an integer or a name", "bad_label"
         )
     return text
 
 
-def _json_label(text: str, where: str, label_key: str) -> str:
-    try:
-        content = json.loads(text)
-    except ValueError:
-        raise UsageError(f"{where}: .json is not valid JSON; write it again") from None
-    if not isinstance(content, dict) or label_key not in content:
-        keys = ", ".join(sorted(content)[:8]) if isinstance(content, dict) else "no object"
-        raise UsageError(
-            f"{where}: .json has no {label_key!r} (it has: {keys}); name the key with --label-key"
-        )
-    label = content[label_key]
-    if isinstance(label, bool) or not isinstance(label, (int, str)):
-        raise UsageError(f"{where}: label {label!r} is neither an integer nor a name; correct it")
-    return str(label).strip()
-
-
 def number_classes(
-    shards: Sequence[Path],
+    shards: Sequence[str],
     splits: Sequence[str],
     scans: Sequence[tuple[Any, Any]],
     num_classes: int,
@@ -84,7 +116,7 @@ def number_classes(
     Labels come as pyarrow columns: 10^7 of them are 0.1 GB, as Python strings 0.6 GB.
 
     Args:
-        shards: paths, for messages.
+        shards: paths or URLs, for messages.
         splits: the split of each shard.
         scans: keys and labels of each shard, as pyarrow arrays of strings.
         num_classes: see above.
@@ -138,7 +170,7 @@ def _ids(
 
 
 def _check_range(
-    shards: Sequence[Path],
+    shards: Sequence[str],
     splits: Sequence[str],
     scans: Sequence[tuple[Any, Any]],
     num_classes: int,

@@ -6,107 +6,22 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int, Int64, UInt8
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from dist_dml.config import DataConfig
-from dist_dml.data.augment import evaluation_transform, train_transform
+from dist_dml.data.batch_making import Batch, BatchMaker, Made, Request
+from dist_dml.data.damage import Damage
 from dist_dml.data.index import Index
 from dist_dml.data.plan import Plan, row_counts, worker_slice
-from dist_dml.data.reader import BadSample, Reader, bad_sample_error, open_reader
+from dist_dml.data.prefetch import Prefetcher
+from dist_dml.data.reader import open_reader, storage_error
+from dist_dml.data_config import DataConfig
 from dist_dml.errors import RunError
-from dist_dml.keyed_random import key_of
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """This worker's rows of one micro-batch. Dimensions: r rows, C channels, H = W pixels.
-
-    Attributes:
-        images: pixels 0..255; the device divides and normalises.
-        labels: class ids.
-        sample_ids: row numbers of the index.
-        positions: of the rows in the global batch (training) or in the split (evaluation).
-        row_counts: rows of every worker in this micro-batch, by rank.
-        step: optimizer step (training) or number of the batch (evaluation).
-        micro: number of the micro-batch in its step.
-    """
-
-    images: UInt8[Tensor, "r C H W"]
-    labels: Int64[Tensor, " r"]
-    sample_ids: Int64[Tensor, " r"]
-    positions: Int64[Tensor, " r"]
-    row_counts: tuple[int, ...]
-    step: int
-    micro: int
-
-    def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory; the DataLoader calls this by name."""
-        names = ("images", "labels", "sample_ids", "positions")
-        return replace(self, **{name: getattr(self, name).pin_memory() for name in names})
-
-
-@dataclass(frozen=True, eq=False)
-class _Request:
-    """What a loader process needs to make one batch: it holds no index of its own."""
-
-    sample_ids: Int[np.ndarray, " r"]
-    positions: Int[np.ndarray, " r"]
-    labels: Int[np.ndarray, " r"]
-    places: Int64[np.ndarray, "r 4"]
-    """Shard, offset, size and checksum of each row's image."""
-    row_counts: tuple[int, ...]
-    step: int
-    micro: int
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """An unreadable sample, as a value: an exception would come back with a long traceback."""
-
-    sample_id: int
-    reason: str
-
-
-class _BatchMaker(Dataset):
-    """Turns a request into a batch. `seed` None transforms for evaluation."""
-
-    def __init__(self, reader: Reader, config: DataConfig, seed: int | None) -> None:
-        self._reader, self._config, self._seed = reader, config, seed
-
-    def __getitem__(self, request: _Request) -> Batch | _Failure:
-        config = self._config.image
-        rows = len(request.sample_ids)
-        images = np.empty((rows, config.channels, config.size, config.size), np.uint8)
-        for row, place in enumerate(request.places.tolist()):
-            try:
-                image = self._reader.image(*place)
-            except BadSample as error:
-                return _Failure(int(request.sample_ids[row]), str(error))
-            images[row] = self._transform(image, request, row).transpose(2, 0, 1)
-        return Batch(
-            images=torch.from_numpy(images),
-            labels=torch.from_numpy(request.labels),
-            sample_ids=torch.from_numpy(request.sample_ids),
-            positions=torch.from_numpy(request.positions),
-            row_counts=request.row_counts,
-            step=request.step,
-            micro=request.micro,
-        )
-
-    def _transform(self, image: np.ndarray, request: _Request, row: int) -> np.ndarray:
-        if self._seed is None:
-            return evaluation_transform(image, self._config.image)
-        key = key_of(self._seed, "augment", request.step, int(request.positions[row]))
-        return train_transform(image, self._config.image, self._config.augment, key)
 
 
 def training_batches(
@@ -118,6 +33,7 @@ def training_batches(
     num_workers: int,
     start_step: int,
     end_step: int,
+    damage: Damage | None = None,
 ) -> Iterator[Batch]:
     """This worker's rows of every micro-batch of steps `start_step` .. `end_step` - 1, in order.
 
@@ -134,27 +50,45 @@ def training_batches(
         num_workers: all workers.
         start_step: first step; where a resumed run goes on.
         end_step: one after the last step.
+        damage: replaces and counts damaged images; a new one, if None.
 
     Raises:
         UsageError: before the first batch, if a micro-batch has fewer rows than workers.
-        RunError: a sample cannot be read, or a loader process died.
+        RunError: too many images are damaged, the storage failed, or a loader process died.
     """
     plan.check_rows(num_workers)
+    reader = open_reader(index, config.image.channels, config.storage)
+    maker = BatchMaker(reader, config, seed, torch.cuda.is_available())
+    damage = damage or Damage(index, plan.sample_ids, config, seed, ignored=-100)
+    ahead = Prefetcher.of_reader(reader, config.storage)
 
-    def requests() -> Iterator[_Request]:
+    def requests() -> Iterator[Request]:
         for step in range(start_step, end_step):
+            if ahead is not None:
+                ahead.follow(plan.shards_ahead(step, config.storage.ahead_shards))
             for micro, (positions, ids) in enumerate(plan.micro_batches(step)):
                 mine = worker_slice(len(ids), rank, num_workers)
                 counts = row_counts(len(ids), num_workers)
                 yield _request(index, ids[mine], positions[mine], counts, step, micro)
 
-    return _batches(index, config, seed, requests)
+    def mended() -> Iterator[Batch]:
+        try:
+            for made in _made(maker, config, requests):
+                yield damage.mend(made, maker)
+        finally:
+            if ahead is not None:
+                ahead.close()
+
+    return mended()
 
 
 def evaluation_batches(
     index: Index, split: str, config: DataConfig, batch_size: int, rank: int, num_workers: int
 ) -> Iterator[Batch]:
     """This worker's contiguous slice of a split in id order, whole: nothing is dropped or padded.
+
+    Nothing replaces a damaged image: its row is black and not `readable`, for the caller to leave
+    out and count.
 
     Workers may get different numbers of batches (slices differ by a row), and none at all where
     there are more workers than samples: do not call a collective per batch.
@@ -169,20 +103,22 @@ def evaluation_batches(
 
     Raises:
         UsageError: before the first batch, if the split is empty or unknown.
-        RunError: a sample cannot be read, or a loader process died.
+        RunError: the storage failed, or a loader process died.
     """
     ids = index.select(split)
     mine = worker_slice(len(ids), rank, num_workers)
     sizes = row_counts(len(ids), num_workers)
 
-    def requests() -> Iterator[_Request]:
+    def requests() -> Iterator[Request]:
         for step, start in enumerate(range(mine.start, mine.stop, batch_size)):
             positions = np.arange(start, min(start + batch_size, mine.stop))
             done = step * batch_size
             counts = tuple(min(max(size - done, 0), batch_size) for size in sizes)
             yield _request(index, ids[positions], positions, counts, step, 0)
 
-    return _batches(index, config, None, requests)
+    reader = open_reader(index, config.image.channels, config.storage)
+    made = _made(BatchMaker(reader, config, None, False), config, requests)
+    return _without_faults(index, made)
 
 
 def _request(
@@ -192,37 +128,34 @@ def _request(
     counts: tuple[int, ...],
     step: int,
     micro: int,
-) -> _Request:
+) -> Request:
     columns = (index.shard, index.offset, index.size, index.checksum)
     places = np.stack([column[ids].astype(np.int64) for column in columns], axis=1)
     labels = index.class_id[ids].astype(np.int64)
-    return _Request(
+    return Request(
         ids.astype(np.int64), positions.astype(np.int64), labels, places, counts, step, micro
     )
 
 
-def _batches(
-    index: Index, config: DataConfig, seed: int | None, requests: Callable[[], Iterable[_Request]]
-) -> Iterator[Batch]:
-    """Make the batches of `requests`, here or in loader processes, and raise what went wrong."""
-    maker = _BatchMaker(open_reader(index, config.image.channels), config, seed)
+def _made(
+    maker: BatchMaker, config: DataConfig, requests: Callable[[], Iterable[Request]]
+) -> Iterator[Made]:
+    """Make the batches of `requests`, here or in loader processes."""
     if config.loader_processes == 0:
-        made = map(maker.__getitem__, requests())
-    else:
-        made = _made_elsewhere(maker, config, requests)
-    return _unwrapped(index, made)
+        return map(maker.__getitem__, requests())
+    return _made_elsewhere(maker, config, requests)
 
 
-def _unwrapped(index: Index, made: Iterable[Batch | _Failure]) -> Iterator[Batch]:
-    for result in made:
-        if isinstance(result, _Failure):
-            raise bad_sample_error(index, result.sample_id, result.reason)
-        yield result
+def _without_faults(index: Index, every: Iterable[Made]) -> Iterator[Batch]:
+    for made in every:
+        if made.fault:
+            raise storage_error(index, made.fault_sample, made.fault)
+        yield made.batch
 
 
 def _made_elsewhere(
-    maker: _BatchMaker, config: DataConfig, requests: Callable[[], Iterable[_Request]]
-) -> Iterator[Batch | _Failure]:
+    maker: BatchMaker, config: DataConfig, requests: Callable[[], Iterable[Request]]
+) -> Iterator[Made]:
     """A DataLoader whose sampler yields whole requests: one process makes one batch.
 
     It hands results back in the order of the requests, whichever process is first.
@@ -230,7 +163,7 @@ def _made_elsewhere(
     loader = DataLoader(
         maker,
         batch_size=None,
-        sampler=_Requests(requests),
+        sampler=Requests(requests),
         num_workers=config.loader_processes,
         prefetch_factor=config.prefetch,
         collate_fn=_as_is,
@@ -257,13 +190,13 @@ def _made_elsewhere(
         raise RunError(f"a loader process died ({reason}); {remedy}") from None
 
 
-class _Requests:
+class Requests:
     """The requests as something that a DataLoader iterates over."""
 
-    def __init__(self, requests: Callable[[], Iterable[_Request]]) -> None:
+    def __init__(self, requests: Callable[[], Iterable[Request]]) -> None:
         self._requests = requests
 
-    def __iter__(self) -> Iterator[_Request]:
+    def __iter__(self) -> Iterator[Request]:
         return iter(self._requests())
 
 

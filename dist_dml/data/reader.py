@@ -1,52 +1,64 @@
-"""From a place in a shard to the pixels of an image. Reads by offset, decodes without pickles."""
+"""From a place in a shard to the pixels of an image: reads by offset, locally or from a cache."""
 
 from __future__ import annotations
 
-import io
 import os
-import struct
+import time
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
 
-import cv2
 import numpy as np
-import simplejpeg
 from jaxtyping import UInt8
 
+from dist_dml.data.decode import decode
+from dist_dml.data.faults import BadSample, StorageFault
 from dist_dml.data.index import Index
-from dist_dml.errors import RunError
+from dist_dml.data.remote import check_clients, is_remote, read_range
+from dist_dml.data.remote_client import RemoteFile
+from dist_dml.data.retry import hide_secrets
+from dist_dml.data.shard_cache import MEBIBYTE, ShardCache, mark_used
+from dist_dml.data_config import DataConfig, StorageConfig
+from dist_dml.errors import RunError, UsageError
 
-MAX_PIXELS = 89_478_485
-"""Largest image that is decoded, as Pillow's limit: a small file can claim a huge picture."""
 _OPEN_SHARDS = 256
-
-
-class BadSample(Exception):
-    """One sample cannot be read; the message is the reason. Becomes a `RunError` with its name."""
+_USED_SECONDS = 10.0
+"""How often the use of a cached shard is noted; a window lasts minutes."""
 
 
 class Reader:
     """Reads images of a data set by (shard, offset, size). Picklable; opens tars on first use.
 
     At most 256 tars are open at a time, so that a process stays below its limit of descriptors.
+
+    Attributes:
+        files: the tar of each shard code: a local path, or what to fetch into the cache.
+        cache: where remote shards are kept.
     """
 
-    def __init__(self, paths: Sequence[str], channels: int) -> None:
+    def __init__(
+        self,
+        files: Sequence[str | RemoteFile],
+        channels: int,
+        cache: ShardCache | None = None,
+    ) -> None:
         """
         Args:
-            paths: the tar of each shard code.
+            files: the tar of each shard code.
             channels: 1 decodes to grey, 3 to RGB.
+            cache: for remote shards; its retries are for local ones too. Default: the one of an
+                empty configuration.
         """
-        self._paths = tuple(paths)
+        self.files = tuple(files)
+        self.cache = cache or ShardCache.of_config(StorageConfig())
         self._channels = channels
         self._descriptors: OrderedDict[int, int] = OrderedDict()
+        self._used: dict[int, float] = {}
 
-    def __getstate__(self) -> tuple[tuple[str, ...], int]:
-        return self._paths, self._channels
+    def __getstate__(self) -> tuple[tuple[str | RemoteFile, ...], int, ShardCache]:
+        return self.files, self._channels, self.cache
 
-    def __setstate__(self, state: tuple[tuple[str, ...], int]) -> None:
+    def __setstate__(self, state: tuple[tuple[str | RemoteFile, ...], int, ShardCache]) -> None:
         self.__init__(*state)
 
     def __del__(self) -> None:
@@ -57,15 +69,37 @@ class Reader:
         """`size` bytes of a tar from `offset` on. 10-25 us where the page cache holds them.
 
         Raises:
-            BadSample: if the tar cannot be opened or ends before.
+            BadSample: if the tar ends before.
+            StorageFault: if the bytes cannot be had, after the retries.
         """
-        try:
-            data = os.pread(self._descriptor(shard), size, offset)
-        except OSError as error:
-            raise BadSample(f"cannot read the shard ({error.strerror})") from None
-        if len(data) != size:
-            raise BadSample(f"the shard ends after {len(data)} of its {size} bytes")
-        return data
+        file = self.files[shard]
+        if isinstance(file, RemoteFile):
+            return self._read_cached(shard, file, offset, size)
+        return self.cache.retry.run(
+            file, lambda: self._pread(shard, offset, size), names_may_return=True
+        )
+
+    def checked_bytes(self, shard: int, offset: int, size: int, checksum: int) -> bytes:
+        """`read`, refusing bytes that are not those that were indexed.
+
+        The copy of a remote shard is not trusted in that: the store itself is asked for the bytes,
+        and a copy that is at fault is dropped.
+
+        Raises:
+            BadSample: if the tar ends before, or its bytes are not those that were indexed.
+            StorageFault: if the bytes cannot be had, after the retries.
+        """
+        data = self.read(shard, offset, size)
+        if zlib.crc32(data) == checksum:
+            return data
+        file = self.files[shard]
+        if isinstance(file, RemoteFile):
+            data = read_range(file, offset, size, self.cache.retry)
+            if zlib.crc32(data) == checksum:
+                self._close(shard)
+                self.cache.drop(file)
+                return data
+        raise BadSample("its bytes changed after they were indexed (checksum differs)", "checksum")
 
     def image(
         self, shard: int, offset: int, size: int, checksum: int
@@ -74,25 +108,110 @@ class Reader:
 
         Raises:
             BadSample: if its bytes are not those that were indexed, or not an image.
+            StorageFault: if the bytes cannot be had, after the retries.
         """
-        data = self.read(shard, offset, size)
-        if zlib.crc32(data) != checksum:
-            raise BadSample("its bytes changed after they were indexed (checksum differs)")
-        return decode(data, self._channels)
+        return decode(self.checked_bytes(shard, offset, size, checksum), self._channels)
+
+    def _read_cached(self, shard: int, file: RemoteFile, offset: int, size: int) -> bytes:
+        now = time.monotonic()
+        if now > self._used.get(shard, 0.0) + _USED_SECONDS and shard in self._descriptors:
+            mark_used(self._descriptors[shard])
+            self._used[shard] = now
+        try:
+            return self._pread(shard, offset, size)
+        except OSError as error:
+            raise StorageFault(f"{self.cache.path(file)}: {error.strerror}") from None
+
+    def _pread(self, shard: int, offset: int, size: int) -> bytes:
+        try:
+            descriptor = self._descriptor(shard)
+            data = os.pread(descriptor, size, offset)
+            while 0 < len(data) < size:
+                more = os.pread(descriptor, size - len(data), offset + len(data))
+                if not more:
+                    break
+                data += more
+        except OSError:
+            self._close(shard)  # A network file system can lose a handle for good (ESTALE).
+            raise
+        if len(data) != size:
+            raise BadSample(f"the shard ends after {len(data)} of its {size} bytes", "cut_short")
+        return data
 
     def _descriptor(self, shard: int) -> int:
         if shard in self._descriptors:
             self._descriptors.move_to_end(shard)
             return self._descriptors[shard]
         if len(self._descriptors) >= _OPEN_SHARDS:
-            os.close(self._descriptors.popitem(last=False)[1])
-        self._descriptors[shard] = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
-        return self._descriptors[shard]
+            self._close(next(iter(self._descriptors)))
+        file = self.files[shard]
+        if isinstance(file, RemoteFile):
+            self._close_evicted()  # The disk may need the space now,
+            descriptor = self.cache.open(file)
+            self._close_evicted()  # and this one may have taken the place of others.
+        else:
+            descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        self._descriptors[shard] = descriptor
+        return descriptor
+
+    def _close(self, shard: int) -> None:
+        if shard in self._descriptors:
+            os.close(self._descriptors.pop(shard))
+        self._used.pop(shard, None)
+
+    def _close_evicted(self) -> None:
+        """An open file keeps its space on the disk, also when it has no name any more."""
+        for shard, descriptor in list(self._descriptors.items()):
+            if isinstance(self.files[shard], RemoteFile) and not os.fstat(descriptor).st_nlink:
+                self._close(shard)
 
 
-def open_reader(index: Index, channels: int) -> Reader:
-    """A reader of all shards of a data set."""
-    return Reader([str(Path(index.folder) / shard) for shard in index.shards], channels)
+def open_reader(index: Index, channels: int, storage: StorageConfig | None = None) -> Reader:
+    """A reader of all shards of a data set. `storage` None takes the defaults.
+
+    Raises:
+        UsageError: the client for its URLs is not installed.
+    """
+    files = shard_files(index)
+    check_clients([file.url for file in files if isinstance(file, RemoteFile)])
+    return Reader(files, channels, ShardCache.of_config(storage or StorageConfig()))
+
+
+def shard_files(index: Index) -> list[str | RemoteFile]:
+    """The tar of each shard code: its path, or URL, size and tag as they were indexed."""
+    entries = zip(index.shards, index.metadata["shards"], strict=True)
+    return [
+        RemoteFile(name, entry["bytes"], entry.get("tag") or "")
+        if is_remote(name)
+        else str(index.folder / name)
+        for name, entry in entries
+    ]
+
+
+def check_storage(index: Index, split: str, data: DataConfig) -> None:
+    """Refuse a way of reading remote shards for which the cache is too small.
+
+    Raises:
+        UsageError: states the sizes and what to change.
+    """
+    files = shard_files(index)
+    sizes = sorted(
+        file.size
+        for code in np.unique(index.shard[index.select(split)])
+        if isinstance(file := files[code], RemoteFile)
+    )
+    cache = ShardCache.of_config(data.storage)
+    if data.locality == "global" and sum(sizes) > cache.limit_bytes:
+        needed = -(-sum(sizes) // MEBIBYTE)
+        raise UsageError(
+            f"data.locality=global reads the {len(sizes)} remote shards of split {split!r} "
+            f"({needed:,} MiB) in any order, and data.storage.cache_mebibytes="
+            f"{data.storage.cache_mebibytes} cannot hold them; set data.locality=window, or "
+            f"data.storage.cache_mebibytes={needed}"
+        )
+    if data.locality == "window":
+        present = data.window_shards
+        cache.check_limit(sum(sizes[-present - max(present, data.storage.ahead_shards) :]))
 
 
 def read_image(index: Index, reader: Reader, sample_id: int) -> UInt8[np.ndarray, "H W C"]:
@@ -106,92 +225,23 @@ def read_image(index: Index, reader: Reader, sample_id: int) -> UInt8[np.ndarray
         return reader.image(*(int(column[sample_id]) for column in columns))
     except BadSample as error:
         raise bad_sample_error(index, sample_id, str(error)) from None
+    except StorageFault as error:
+        raise storage_error(index, sample_id, str(error)) from None
 
 
 def bad_sample_error(index: Index, sample_id: int, reason: str) -> RunError:
     """The one line that stops a run at an unreadable sample."""
-    shard = index.shards[index.shard[sample_id]]
     return RunError(
-        f"shard {shard}: key {index.key(sample_id)} cannot be read: {reason}; "
+        f"{_place(index, sample_id)} cannot be read: {reason}; "
         f"repair or remove it and run `dist-dml index {index.folder}`"
     )
 
 
-def decode(data: bytes, channels: int) -> UInt8[np.ndarray, "H W C"]:
-    """Decode a JPEG, PNG or WebP, told apart by its first bytes, to grey (C=1) or RGB (C=3).
-
-    JPEG goes to simplejpeg, the others to OpenCV, and what they refuse to Pillow: strict decoders
-    reject files that others can read. The EXIF orientation is not applied, by none of the three.
-
-    Raises:
-        BadSample: not such an image, damaged, or of more than 89 million pixels.
-    """
-    try:
-        height, width = _header_size(data)
-    except (ValueError, struct.error) as error:
-        raise BadSample(str(error) or "its header is damaged") from None
-    if height * width > MAX_PIXELS:
-        raise BadSample(f"{width} x {height} pixels exceed the limit of {MAX_PIXELS:,}")
-    if height * width == 0:
-        raise BadSample("it has no pixels")
-    image = _decode_fast(data, channels)
-    if image is None:
-        image = _decode_pillow(data, channels)
-    return image.reshape(image.shape[0], image.shape[1], channels)
+def storage_error(index: Index, sample_id: int, reason: str) -> RunError:
+    """The one line that stops a run when the storage does not give a sample's bytes."""
+    return RunError(f"{_place(index, sample_id)} cannot be had: {reason}")
 
 
-def _decode_fast(data: bytes, channels: int) -> np.ndarray | None:
-    if data[:2] == b"\xff\xd8":
-        try:
-            return simplejpeg.decode_jpeg(data, colorspace="GRAY" if channels == 1 else "RGB")
-        except ValueError:
-            return None
-    colour = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
-    try:
-        return cv2.imdecode(np.frombuffer(data, np.uint8), colour | cv2.IMREAD_IGNORE_ORIENTATION)
-    except cv2.error:
-        return None
-
-
-def _decode_pillow(data: bytes, channels: int) -> np.ndarray:
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP")) as image:
-            return np.asarray(image.convert("L" if channels == 1 else "RGB"))
-    except (OSError, ValueError, SyntaxError, struct.error) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadSample(f"it cannot be decoded ({reason})") from None
-
-
-def _header_size(data: bytes) -> tuple[int, int]:
-    """Height and width as the header states them, without decoding.
-
-    Raises:
-        ValueError: if the data start like none of the three formats.
-    """
-    if data[:3] == b"\xff\xd8\xff":
-        height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-        return int(height), int(width)
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
-        width, height = struct.unpack_from(">II", data, 16)
-        return height, width
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return _webp_size(data)
-    raise ValueError("it is not a JPEG, PNG or WebP image")
-
-
-def _webp_size(data: bytes) -> tuple[int, int]:
-    """The three kinds of WebP state their size in three ways (RFC 9649, sections 2.5 to 2.7)."""
-    kind = data[12:16]
-    if kind == b"VP8 ":
-        width, height = struct.unpack_from("<HH", data, 26)
-        return height & 0x3FFF, width & 0x3FFF
-    if kind == b"VP8L":
-        (bits,) = struct.unpack_from("<I", data, 21)
-        return ((bits >> 14) & 0x3FFF) + 1, (bits & 0x3FFF) + 1
-    if kind == b"VP8X":
-        width = int.from_bytes(data[24:27], "little") + 1
-        height = int.from_bytes(data[27:30], "little") + 1
-        return height, width
-    raise ValueError("its WebP header is damaged")
+def _place(index: Index, sample_id: int) -> str:
+    shard = hide_secrets(index.shards[index.shard[sample_id]])
+    return f"shard {shard}: key {index.key(sample_id)}"

@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dist_dml.config import ImageConfig, ModelConfig
+from dist_dml.config import ModelConfig
+from dist_dml.data_config import ImageConfig
 from dist_dml.errors import RunError, UsageError
 from dist_dml.models.bn_inception import BNInception
 from dist_dml.models.small_conv import SmallConv

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 
-from dist_dml.config import ImageConfig, ModelConfig, OptimizerConfig
+from dist_dml.config import ModelConfig, OptimizerConfig
+from dist_dml.data_config import ImageConfig
 from dist_dml.keyed_random import key_of
 from dist_dml.models.backbones import build_backbone
 from dist_dml.models.dropout import RowKeys, convert_dropout

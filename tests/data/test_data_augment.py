@@ -8,8 +8,16 @@ import cv2
 import numpy as np
 import pytest
 
-from dist_dml.config import AugmentConfig, ImageConfig
-from dist_dml.data.augment import _NUM_DRAWS, evaluation_transform, train_transform
+from dist_dml.data.augment import (
+    _NUM_DRAWS,
+    evaluation_transform,
+    evaluation_view,
+    train_transform,
+    training_view,
+)
+from dist_dml.data.decode import decode
+from dist_dml.data.faults import BadSample
+from dist_dml.data_config import AugmentConfig, ImageConfig
 from dist_dml.keyed_random import generator, key_of
 
 RANDOM = np.random.default_rng(0)
@@ -205,3 +213,73 @@ def test_brightness_contrast_saturation_and_hue_do_what_they_say():
     spans = [tuple(view[0, 0].tolist()) for view in views(hue=0.5)]
     assert all(abs(max(s) - 120) <= 2 and abs(min(s) - 60) <= 4 for s in spans)
     assert {np.argmax(s) for s in spans} == {0, 1, 2}
+
+
+def photograph(height: int, width: int) -> np.ndarray:
+    """Waves whose amplitude falls with their length, as in photographs."""
+    image = np.full((height, width, 3), 128.0, np.float32)
+    for length, level in ((64, 40), (16, 10), (4, 2.5)):
+        waves = RANDOM.standard_normal((height // length, width // length, 3)) * level
+        image += cv2.resize(
+            waves.astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC
+        )
+    return np.clip(image, 0, 255).astype(np.uint8)
+
+
+EVERYTHING = AugmentConfig(
+    crop_scale=(0.3, 1.0), horizontal_flip=0.5, brightness=0.2, contrast=0.2, saturation=0.2,
+    hue=0.1, noise=3,
+)  # fmt: skip
+WARPED = EVERYTHING.model_copy(update={"rotation_degrees": 20.0, "zoom": (0.8, 1.2)})
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("augment", [AugmentConfig(), EVERYTHING, WARPED])
+@pytest.mark.parametrize("kind", ["small jpeg", "jpeg near the view", "png"])
+def test_a_view_of_the_bytes_is_the_view_of_the_decoded_image(kind, augment, channels):
+    side = 100 if kind == "small jpeg" else 200
+    stored = photograph(side, side + 30)
+    data = cv2.imencode(".png" if kind == "png" else ".jpg", stored)[1].tobytes()
+    size = config(120 if kind == "jpeg near the view" else 16, 0, channels)
+    if kind == "jpeg near the view" and augment is WARPED:
+        augment = WARPED.model_copy(update={"zoom": (0.9, 1.2)})
+    image = decode(data, channels)
+    assert np.array_equal(evaluation_view(data, size), evaluation_transform(image, size))
+    flags = set()
+    for key in range(12):
+        view, mirrored = training_view(data, size, augment, key)
+        shown = view[:, ::-1] if mirrored else view
+        assert np.array_equal(shown, train_transform(image, size, augment, key))
+        flags.add(mirrored)
+    assert flags == ({False, True} if augment is EVERYTHING else {False})
+
+
+@pytest.mark.parametrize("augment", [AugmentConfig(), EVERYTHING, WARPED])
+@pytest.mark.parametrize(("size", "resize"), [(64, 0), (64, 73), (32, 40), (150, 0)])
+def test_a_view_of_a_large_jpeg_is_near_the_view_of_the_whole_image(size, resize, augment):
+    data = cv2.imencode(".jpg", photograph(480, 640), [cv2.IMWRITE_JPEG_QUALITY, 92])[1].tobytes()
+    settings, image = config(size, resize, 3), decode(data, 3)
+    quiet = augment.model_copy(update={"noise": 0.0})
+    whole = evaluation_transform(image, settings).astype(int)
+    assert np.abs(evaluation_view(data, settings) - whole).mean() < 4
+    differences = []
+    for key in range(24):
+        view, mirrored = training_view(data, settings, quiet, key)
+        assert view.shape == (size, size, 3)
+        shown = view[:, ::-1] if mirrored else view
+        whole = train_transform(image, settings, quiet, key).astype(int)
+        differences.append(np.abs(shown - whole).mean())
+        assert np.array_equal(view, training_view(data, settings, quiet, key)[0])
+    assert np.mean(differences) < 4.5
+    # Edges move by up to half a pixel of the view; unrelated crops are 40 apart.
+    assert max(differences) < 9
+    assert max(differences) > 0  # Else nothing was reduced, and the test is about nothing.
+
+
+def test_views_of_damaged_bytes_are_bad_samples():
+    data = cv2.imencode(".jpg", photograph(480, 640))[1].tobytes()
+    for damaged in (b"", b"text", data[:20], data[: len(data) // 2]):
+        with pytest.raises(BadSample):
+            training_view(damaged, config(32, 0, 3), EVERYTHING, 1)
+        with pytest.raises(BadSample):
+            evaluation_view(damaged, config(32, 0, 3))

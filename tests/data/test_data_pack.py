@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from tiny_images import image_of, png
 
+from dist_dml.data.decode import decode
 from dist_dml.data.index import load_index
 from dist_dml.data.pack import folder as folder_module
 from dist_dml.data.pack import glyphs as glyphs_module
 from dist_dml.data.pack.folder import pack_folder
 from dist_dml.data.pack.glyph_classes import draw_clean, find_classes, open_face
 from dist_dml.data.pack.glyphs import default_fonts, draw_sample, pack_glyphs
-from dist_dml.data.reader import decode, open_reader, read_image
+from dist_dml.data.reader import open_reader, read_image
 from dist_dml.errors import UsageError
 
 FONTS = [font for font in default_fonts() if "Mono" in font]

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import shutil
 import struct
+import threading
+import time
 import zlib
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from shard_server import within
 
-from dist_dml.data.index import load_index
+from dist_dml.data.decode import MAX_PIXELS, decode
+from dist_dml.data.faults import BadSample, StorageFault
+from dist_dml.data.index import Index, load_index
 from dist_dml.data.index_command import build_index
-from dist_dml.data.reader import MAX_PIXELS, BadSample, decode, open_reader, read_image
+from dist_dml.data.reader import Reader, open_reader, read_image
 from dist_dml.data.shards import write_shard
+from dist_dml.data_config import StorageConfig
 from dist_dml.errors import RunError
 
 RGB = np.kron(np.random.default_rng(0).integers(0, 256, (5, 6, 3)), np.ones((8, 8, 1))).astype("u1")
@@ -137,10 +144,10 @@ def test_a_decompression_bomb_is_refused_by_its_header(bomb):
 
 @pytest.mark.parametrize("lossless", [True, False])
 def test_webp_headers_state_the_size(lossless):
-    from dist_dml.data.reader import _header_size
+    from dist_dml.data.image_header import image_size
 
-    assert _header_size(encoded("webp", lossless=lossless)) == RGB.shape[:2]
-    assert _header_size(encoded("webp", lossless=lossless, exif=b"Exif\0\0")) == RGB.shape[:2]
+    assert image_size(encoded("webp", lossless=lossless)) == RGB.shape[:2]
+    assert image_size(encoded("webp", lossless=lossless, exif=b"Exif\0\0")) == RGB.shape[:2]
 
 
 def test_a_changed_or_corrupt_sample_names_shard_key_and_reason(tmp_path, shard_folder, index):
@@ -159,3 +166,57 @@ def test_a_changed_or_corrupt_sample_names_shard_key_and_reason(tmp_path, shard_
     with pytest.raises(RunError, match="cannot be decoded") as caught:
         read_image(corrupt, reader, sample)
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def storage() -> StorageConfig:
+    return StorageConfig(retries=3, retry_seconds=0.005)
+
+
+def place(index: Index, sample: int) -> tuple[int, int, int, int]:
+    columns = (index.shard, index.offset, index.size, index.checksum)
+    first, second, third, fourth = (int(column[sample]) for column in columns)
+    return first, second, third, fourth
+
+
+def test_a_local_shard_that_is_deleted_in_mid_run_ends_it(tmp_path, shard_folder, storage, capsys):
+    folder = shutil.copytree(shard_folder, tmp_path / "copy")
+    copy = build_index(folder)
+    reader = open_reader(copy, 3, storage)
+    sample = int(copy.select("train")[0])
+    (folder / "train-000000.tar").unlink()
+    with pytest.raises(RunError, match=r"train-000000\.tar: key train.*failed 4 times.*No such"):
+        within(10, lambda: read_image(copy, reader, sample))
+    assert "trying again" in capsys.readouterr().err
+
+
+def test_a_local_shard_whose_name_comes_back_is_read(tmp_path, shard_folder, storage):
+    folder = shutil.copytree(shard_folder, tmp_path / "copy")
+    copy = build_index(folder)
+    reader = open_reader(copy, 3, storage.model_copy(update={"retries": 20}))
+    tar = folder / "seen-000000.tar"
+    tar.rename(folder / "away")
+    timer = threading.Timer(0.1, (folder / "away").rename, [tar])
+    timer.start()
+    assert within(10, lambda: read_image(copy, reader, 0)).shape == (20, 24, 3)
+    timer.join()
+
+
+def test_a_local_shard_that_became_shorter_is_a_bad_sample(tmp_path, shard_folder, storage):
+    folder = shutil.copytree(shard_folder, tmp_path / "copy")
+    copy = build_index(folder)
+    reader = open_reader(copy, 3, storage)
+    sample = int(copy.select("seen")[-1])
+    read_image(copy, reader, sample)
+    os.truncate(folder / "seen-000000.tar", int(copy.offset[sample]) + 5)
+    with pytest.raises(BadSample, match=r"ends after 5 of its") as caught:
+        reader.image(*place(copy, sample))
+    assert caught.value.kind == "cut_short"
+
+
+def test_a_shard_that_may_not_be_read_is_not_tried_again(index, storage):
+    reader = Reader(["/"], 3, open_reader(index, 3, storage).cache)
+    started = time.monotonic()
+    with pytest.raises(StorageFault, match="Is a directory"):
+        reader.read(0, 0, 10)
+    assert time.monotonic() - started < 1

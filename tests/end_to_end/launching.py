@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,9 +78,15 @@ class Launcher:
         return [*head, *arguments]
 
     def start(
-        self, kind: str, workers: int, *arguments: str, settings: Sequence[str] | None = None
+        self,
+        kind: str,
+        workers: int,
+        *arguments: str,
+        settings: Sequence[str] | None = None,
+        of_worker: Mapping[int, Sequence[str]] | None = None,
     ) -> list[subprocess.Popen[str]]:
-        """The processes of one run; several only for workers started by hand."""
+        """The processes of one run; several only for workers started by hand, each of which can
+        get further arguments of its own."""
         settings = self.settings if settings is None else settings
         environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
@@ -97,7 +103,7 @@ class Launcher:
             ]
         return [
             subprocess.Popen(
-                command,
+                [*command, *(of_worker or {}).get(rank, ())],
                 cwd=ROOT,
                 env=each,
                 stdin=subprocess.DEVNULL,
@@ -105,7 +111,7 @@ class Launcher:
                 stderr=subprocess.STDOUT,
                 text=True,
             )
-            for each in environments
+            for rank, each in enumerate(environments)
         ]
 
     def run(

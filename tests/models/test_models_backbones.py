@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dist_dml.config import ImageConfig, ModelConfig
+from dist_dml.config import ModelConfig
+from dist_dml.data_config import ImageConfig
 from dist_dml.errors import RunError, UsageError
 from dist_dml.models.backbones import build_backbone
 from dist_dml.models.bn_inception import BNInception

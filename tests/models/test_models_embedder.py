@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from worker_group import run_workers
 
-from dist_dml.config import ImageConfig, ModelConfig, OptimizerConfig
+from dist_dml.config import ModelConfig, OptimizerConfig
+from dist_dml.data_config import ImageConfig
 from dist_dml.keyed_random import key_of, row_keys
 from dist_dml.models.embedder import Embedder, build_embedder, parameter_groups
 

@@ -4,33 +4,20 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from dist_dml.data.index import Index
 from dist_dml.data.index_command import describe
+from dist_dml.data.pack.image_files import ImageSample, Tree, encoders, render, unique_keys
 from dist_dml.data.pack.writing import plan_shards, write_pack
 from dist_dml.data.shards import IMAGE_EXTENSIONS
-from dist_dml.errors import RunError, UsageError
+from dist_dml.errors import UsageError
 from dist_dml.keyed_random import generator, key_of
 
 FORMAT = 1
-_JPEG_QUALITY = 95
-
-
-@dataclass(frozen=True)
-class FolderSample:
-    """One image file: its WebDataset key, its class, and its path below the source folder."""
-
-    key: str
-    label: str
-    path: str
 
 
 def pack_folder(
@@ -82,11 +69,8 @@ def pack_folder(
         for shard in plan_shards(split, samples, shard_samples)
     ]
     size = sum((root / s.path).stat().st_size for samples in splits.values() for s in samples)
-    import cv2
-
-    made_with = {"opencv": cv2.__version__} if resize else {}
-    render = partial(_render, root, resize)
-    return write_pack(Path(out), shards, render, source, made_with, size, processes)
+    fill = partial(render, Tree(root), resize)
+    return write_pack(Path(out), shards, fill, source, encoders(resize), size, processes)
 
 
 def _classes(root: Path) -> dict[str, list[str]]:
@@ -107,7 +91,7 @@ def _classes(root: Path) -> dict[str, list[str]]:
 
 def _divide(
     root: Path, seed: int, test_fraction: float, seen_per_class: int
-) -> dict[str, list[FolderSample]]:
+) -> dict[str, list[ImageSample]]:
     if not root.is_dir():
         raise UsageError(f"{root}: no such folder; give a tree of class_name/image.jpg")
     folders = {p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")}
@@ -142,28 +126,23 @@ def _divide(
     return _hold_out(sides, seed, seen_per_class)
 
 
-def _samples(prefix: str, classes: Mapping[str, Sequence[str]]) -> dict[str, list[FolderSample]]:
-    """Give every file a key of its own: WebDataset ends a key at the first dot of the file name."""
-    result: dict[str, list[FolderSample]] = {}
+def _samples(prefix: str, classes: Mapping[str, Sequence[str]]) -> dict[str, list[ImageSample]]:
+    """The samples of each class. Keys start with the class folder, also below train/ and test/."""
+    result: dict[str, list[ImageSample]] = {}
     for label, names in classes.items():
-        taken: set[str] = set()
-        result[label] = []
-        for name in names:
-            stem = name.rpartition(".")[0].replace(".", "_")
-            key, number = f"{label}/{stem}", 2
-            while key in taken:
-                key, number = f"{label}/{stem}-{number}", number + 1
-            taken.add(key)
-            path = "/".join(part for part in (prefix, label, name) if part)
-            result[label].append(FolderSample(key, label, path))
+        keys = unique_keys(f"{label}/{name}" for name in names)
+        paths = ("/".join(part for part in (prefix, label, name) if part) for name in names)
+        result[label] = [
+            ImageSample(key, label, path) for key, path in zip(keys, paths, strict=True)
+        ]
     return result
 
 
 def _hold_out(
-    sides: Mapping[str, Mapping[str, list[FolderSample]]], seed: int, seen_per_class: int
-) -> dict[str, list[FolderSample]]:
+    sides: Mapping[str, Mapping[str, list[ImageSample]]], seed: int, seen_per_class: int
+) -> dict[str, list[ImageSample]]:
     """Cut `seen` off the training classes and shuffle every split, so that shards mix classes."""
-    splits: dict[str, list[FolderSample]] = {"train": [], "seen": [], "test": []}
+    splits: dict[str, list[ImageSample]] = {"train": [], "seen": [], "test": []}
     random = generator(key_of(seed, "pack seen"))
     for samples in sides["train"].values():
         count = min(seen_per_class, len(samples) // 4)
@@ -177,7 +156,7 @@ def _hold_out(
     return splits
 
 
-def _listing_hash(root: Path, splits: Mapping[str, Sequence[FolderSample]]) -> str:
+def _listing_hash(root: Path, splits: Mapping[str, Sequence[ImageSample]]) -> str:
     """Changes when a file is added, removed, renamed or gets another size."""
     digest = hashlib.sha256()
     for path in sorted(sample.path for samples in splits.values() for sample in samples):
@@ -185,42 +164,6 @@ def _listing_hash(root: Path, splits: Mapping[str, Sequence[FolderSample]]) -> s
             f"{path}\0{(root / path).stat().st_size}\n".encode("utf-8", "surrogateescape")
         )
     return digest.hexdigest()[:32]
-
-
-def _render(root: Path, resize: int, sample: FolderSample) -> dict[str, str | bytes]:
-    data = (root / sample.path).read_bytes()
-    extension = sample.path.rpartition(".")[2].lower()
-    if resize:
-        data, extension = _shrink(data, extension, resize, root / sample.path)
-    return {
-        "__key__": sample.key,
-        extension: data,
-        "cls": sample.label.encode(),
-        "json": json.dumps({"label": sample.label, "file": sample.path}).encode(),
-    }
-
-
-def _shrink(data: bytes, extension: str, resize: int, path: Path) -> tuple[bytes, str]:
-    """The image with a short side of `resize`: PNG stays lossless, others become JPEG."""
-    import cv2
-    import simplejpeg
-
-    from dist_dml.data.reader import BadSample, decode
-
-    try:
-        image = decode(data, channels=3)
-    except BadSample as error:
-        raise RunError(f"{path}: {error}; repair or remove it") from None
-    height, width = image.shape[:2]
-    if min(height, width) <= resize:
-        return data, extension
-    scale = resize / min(height, width)
-    size = (max(resize, round(width * scale)), max(resize, round(height * scale)))
-    image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    if extension == "png":
-        return cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes(), "png"
-    encoded = simplejpeg.encode_jpeg(np.ascontiguousarray(image), _JPEG_QUALITY, "RGB", "444")
-    return encoded, "jpg"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
