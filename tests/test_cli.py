@@ -37,7 +37,7 @@ def test_help_lists_every_command_and_ends_well(capsys: pytest.CaptureFixture[st
     assert main(["pack", "--help"]) == 0
     shown = capsys.readouterr().out
     assert "pack glyphs" in shown
-    assert "train" not in shown
+    assert "evaluate" not in shown
 
 
 @pytest.mark.parametrize(

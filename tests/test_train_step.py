@@ -45,7 +45,19 @@ def micro_batches(config: Config, rank: int, num_workers: int, step: int) -> lis
         whole = torch.arange(R)[worker_slice(R, micro, pieces)]
         mine = whole[worker_slice(len(whole), rank, num_workers)]
         counts = row_counts(len(whole), num_workers)
-        batches.append(Batch(images[mine], labels[mine], mine, mine, counts, step, micro))
+        batches.append(
+            Batch(
+                images=images[mine],
+                mirrored=torch.zeros(len(mine), dtype=torch.bool),
+                labels=labels[mine],
+                sample_ids=mine,
+                positions=mine,
+                readable=torch.ones(len(mine), dtype=torch.bool),
+                row_counts=counts,
+                step=step,
+                micro=micro,
+            )
+        )
     return batches
 
 

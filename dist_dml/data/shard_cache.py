@@ -205,7 +205,8 @@ class ShardCache:
             for _, abandoned, path in self._files(_PART):
                 if abandoned:  # Not a file that was just made: its process is about to lock it.
                     remove_unlocked(path)
-            whole, unfinished = self._files(_WHOLE), self._files(_PART)
+            # In this order: one that gets its final name meanwhile counts twice, not never.
+            unfinished, whole = self._files(_PART), self._files(_WHOLE)
             excess = sum(held for _, held, _ in whole + unfinished) + size - self.limit_bytes
             if excess > sum(held for _, held, _ in whole):
                 return False  # Too much is being fetched at once; it will end.

@@ -146,6 +146,27 @@ def test_nothing_depends_on_the_number_of_loader_processes(index, processes):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 4])
+def test_any_layout_with_real_processes_gives_the_same_batches_and_goes_on_from_another(
+    index, num_workers
+):
+    """0 to 3 loader processes; the run stops at step 5 and goes on with one process more."""
+    whole = run(index)
+    for processes in range(4):
+        parts = []
+        for rank in range(num_workers):
+            first = run(index, rank, num_workers, processes, stop=5)
+            parts.append(first + run(index, rank, num_workers, (processes + 1) % 4, start=5))
+        for one, *pieces in zip(whole, *parts, strict=True):
+            for name in ("images", "mirrored", "labels", "sample_ids", "positions"):
+                joined = torch.cat([getattr(piece, name) for piece in pieces])
+                assert torch.equal(joined, getattr(one, name)), (processes, name)
+    seen = torch.cat([batch.sample_ids for batch in whole[:4]])
+    assert torch.equal(seen.sort().values, torch.from_numpy(index.select("train")))
+
+
+@pytest.mark.slow
 def test_a_failure_in_a_loader_process_is_one_line_in_its_turn(tmp_path, shard_folder, index):
     broken = broken_copy(shard_folder, tmp_path / "copy")
     bad = int(broken.select("train")[3])
