@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tiny_images import image_of, png
 
 from dist_dml.data.damage import Damage
 from dist_dml.data.index import Index, load_index
@@ -15,6 +19,7 @@ from dist_dml.data.index_command import build_index
 from dist_dml.data.loader import evaluation_batches, training_batches
 from dist_dml.data.plan import Plan
 from dist_dml.data.reader import open_reader, read_image
+from dist_dml.data.shards import write_shard
 from dist_dml.data_config import DataConfig, ImageConfig, StorageConfig
 from dist_dml.errors import RunError
 
@@ -136,6 +141,29 @@ def test_damaged_images_in_a_row_stop_the_run(
         run(broken, settings(max_bad_in_a_row=12))
 
 
+def test_texts_bombs_and_torn_images_are_counted_by_kind(tmp_path: Path) -> None:
+    """All of them were indexed as they are: what they are shows when they are decoded."""
+    whole = png(image_of(0))
+    bomb = bytearray(whole)
+    bomb[16:24] = struct.pack(">II", 10_000, 10_000)  # 100 megapixels, says its header.
+    bomb[29:33] = struct.pack(">I", zlib.crc32(bytes(bomb[12:29])))
+    bad = {"jpg": b"a text that calls itself a picture", "png": bytes(bomb)}
+    samples = [{"__key__": f"{n:03d}", "png": png(image_of(n)), "cls": b"0"} for n in range(13)]
+    samples += [
+        {"__key__": "text", "jpg": bad["jpg"], "cls": b"0"},
+        {"__key__": "bomb", "png": bad["png"], "cls": b"0"},
+        {"__key__": "torn", "png": whole[: len(whole) // 2], "cls": b"0"},
+    ]
+    write_shard(tmp_path / "train-000000.tar", samples)
+    broken = build_index(tmp_path)
+    batches, damage = run(broken, settings(max_bad_share=1), stop=2)
+    kinds = {entry.key: entry.kind for entry in damage.entries.values()}
+    assert kinds == {"text": "not_an_image", "bomb": "too_large", "torn": "undecodable"}
+    # In their own places, and where one stood in for another.
+    assert all(damage.counts[kind] >= 1 for kind in kinds.values())
+    assert all(bool(batch.images.any(3).any(2).any(1).all()) for batch in batches)
+
+
 def test_kinds_are_told_apart(tmp_path: Path, shard_folder: Path, index: Index) -> None:
     broken = damaged_copy(shard_folder, tmp_path / "copy", [5], b"no image")
     sample = int(broken.select("train")[9])
@@ -144,8 +172,6 @@ def test_kinds_are_told_apart(tmp_path: Path, shard_folder: Path, index: Index) 
     data[int(broken.offset[sample]) + 40] ^= 255  # After the index was made.
     times = tar.stat()
     tar.write_bytes(data)
-    import os
-
     os.utime(tar, ns=(times.st_atime_ns, times.st_mtime_ns))
     _, damage = run(broken, settings(max_bad_share=1), stop=4)
     assert damage.counts == {"not_an_image": 1, "checksum": 1}
