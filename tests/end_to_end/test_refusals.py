@@ -121,7 +121,8 @@ def test_a_damaged_image_met_by_one_worker_ends_all_and_is_named(
     content = bytearray(shard.read_bytes())
     content[int(index.offset[sample]) + 20] ^= 1
     shard.write_bytes(content)
-    line = refused(launcher, f"data.path={tmp_path}/damaged", kind="by hand", workers=3, code=1)
+    arguments = [f"data.path={tmp_path}/damaged", "data.strict=true"]
+    line = refused(launcher, *arguments, kind="by hand", workers=3, code=1)
     assert shard.name in line
     assert index.key(sample) in line
 

@@ -1,0 +1,307 @@
+"""Chance-constrained proxies (paper C): the parts of the algorithm that are pure functions.
+
+Problems with K proxies a class follow each other. When one has converged, new proxies are chosen by
+greedy k-center (`k_center`) and the next is pulled towards the last one's solution. What the
+supplement says and what the code does (papers.md, 4.12) are both options of `CcpPlan`.
+
+Dimensions: n rows, c classes whose proxies are given, K proxies of a class, D features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dist_dml.errors import RunError, UsageError
+from dist_dml.losses.k_center import CenterDistance
+from dist_dml.losses.pairs import AnchorLoss, PairLoss, compare, pairs_of
+
+CcpPhase = Literal["draw", "choose", "train", "evaluate", "finished"]
+CcpOrder = Literal["move_anchor", "reset_moments", "keep_solution", "keep_model", "restore_model"]
+
+
+def unit_ball(vectors: Float[Tensor, "*rows D"]) -> Float[Tensor, "*rows D"]:
+    """v / max(1, ||v||), the nearest point of the unit ball (papers.md, 4.3): 1-Lipschitz.
+
+    Its gradient is (dy - <v_hat, dy> v_hat) / ||v|| outside, dy inside and on the sphere, as in
+    paper C's code; 0 has one too, unlike with l2 normalisation.
+    """
+    norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+    return vectors / torch.where(norms > 1, norms, torch.ones_like(norms))
+
+
+def against_proxies(
+    rows: Float[Tensor, "n D"],
+    labels: Int[Tensor, " n"],
+    proxies: Float[Tensor, "c K D"],
+    loss: PairLoss,
+    ignored: int,
+    first_class: int = 0,
+) -> AnchorLoss:
+    """What each row loses against all proxies: rows are the anchors (papers.md, 4.4).
+
+    Equal to the loss of the pairs of rows and proxies alone: no two rows and no two proxies meet,
+    and no proxy is a row's own. Proxies lie class by class; paper C's code has the j-th proxy of
+    class i at j * C + i, which gives the same. Costs 2*n*c*K*D operations and some n * c*K buffers:
+    call it for blocks of rows and add up. A row whose class is not among the c has no positive.
+
+    Args:
+        rows: as the loss compares them, after `unit_ball` or normalisation.
+        labels: global class ids.
+        proxies: likewise.
+        loss: the rule.
+        ignored: label of rows that take part in no pair.
+        first_class: id of the class of `proxies[0]`.
+    """
+    num_classes, per_class, _ = proxies.shape
+    ids = torch.arange(first_class, first_class + num_classes, device=labels.device)
+    own = torch.full_like(labels, -1)  # No row lies among the proxies.
+    values = compare(rows, proxies.flatten(0, 1), loss.comparison)
+    return loss.of_anchors(
+        pairs_of(values, labels, ids.repeat_interleave(per_class).to(labels), own, ignored)
+    )
+
+
+def projection_term(
+    weights: Sequence[Tensor], last: Sequence[Tensor], strength: float
+) -> Float[Tensor, ""]:
+    """(strength / 2) * ||theta - theta_prev||^2 of the *model's* weights, never of the proxies."""
+    total = torch.zeros((), dtype=weights[0].dtype, device=weights[0].device)
+    for weight, before in zip(weights, last, strict=True):
+        total = total + (weight - before).square().sum().to(total)
+    return strength / 2 * total
+
+
+@torch.no_grad()
+def add_projection_gradients_(
+    gradients: Sequence[Tensor], weights: Sequence[Tensor], last: Sequence[Tensor], strength: float
+) -> None:
+    """Add the gradient of `projection_term`, as paper C's code does.
+
+    Belongs between the sum over workers and the clipping: every worker has the whole term, so that
+    within a sum of gradients it would count once for each. Costs one buffer of the largest weight.
+    """
+    for gradient, weight, before in zip(gradients, weights, last, strict=True):
+        gradient.add_((weight - before).to(gradient.dtype), alpha=strength)
+
+
+@dataclass(frozen=True)
+class CcpPlan:
+    """What stays the same during a run. Defaults are the code's, as the published tables presumably
+    come from it, but for `pool`.
+
+    Attributes:
+        proxies: K.
+        pool_size: b.
+        pool: `bank` takes the b latest embeddings of each class from those kept during training;
+            `passes` embeds b augmented images of each class anew, as the code does: an epoch of
+            inference for each problem on SOP, where the supplement reports 0.4 s. Hence `bank`.
+            The first problem's pool is drawn by passes either way.
+        center_distance: the code measures raw vectors (`l2`) although the loss normalises.
+        batch_weight: of the loss among the batch's own rows: 0.1 in the code, 0 (none) in the
+            supplement. The loss against proxies has weight 1.
+        projection: lambda; 0 leaves the term out, which degrades (papers.md, 4.10).
+        projection_decay: lambda_t = lambda * decay^t.
+        evaluate_every: steps; 25 for CUB and Cars, 250 for SOP and In-Shop.
+        problem_patience: evaluations without gain after which a problem has converged.
+        run_patience: how long without any gain until the run ends, and
+        patience_unit: in what. The supplement says 60 `steps`, but on SOP that is less than one
+            evaluation, before any problem can converge; hence the code's `evaluations`.
+        least_gain: a score counts as better if it is larger by more than this.
+        reset_moments: whether the optimizer forgets re-chosen proxies; the code keeps the moments.
+    """
+
+    proxies: int = 8
+    pool_size: int = 12
+    pool: Literal["bank", "passes"] = "bank"
+    center_distance: CenterDistance = "l2"
+    batch_weight: float = 0.1
+    projection: float = 2e-4
+    projection_decay: float = 1.0
+    evaluate_every: int = 25
+    problem_patience: int = 3
+    run_patience: int = 60
+    patience_unit: Literal["evaluations", "steps"] = "evaluations"
+    least_gain: float = 1e-5
+    reset_moments: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses counts below 1."""
+        for key in ("proxies", "pool_size", "evaluate_every", "problem_patience", "run_patience"):
+            if getattr(self, key) < 1:
+                raise UsageError(f"{key}: got {getattr(self, key)}; expected 1 or more")
+
+    @property
+    def random_proxies(self) -> bool:
+        """Whether the pool itself becomes the proxies: b = 1 means random samples."""
+        return self.pool_size == 1
+
+    @property
+    def pool_places(self) -> int:
+        """Embeddings of each class that a pool holds: b, and b*K where b is below K."""
+        enough = self.pool_size >= self.proxies
+        return self.pool_size if enough else self.pool_size * self.proxies
+
+    def draws_at(self, problem: int) -> int:
+        """`PoolDrawn` events until a pool is full. The first pool is never the bank's: it holds
+        nothing before training."""
+        return 1 if self.pool == "bank" and problem > 0 else self.pool_places
+
+    def projection_at(self, problem: int) -> float:
+        """lambda_t: 0 for the first problem, which has no last solution."""
+        return self.projection * self.projection_decay**problem if problem > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class CcpState:
+    """Where a run stands; with the tensors of the same moment, all that a resumed one needs.
+
+    Those are weights, proxies and moments, the pool so far (`draw`, `choose`), and the copies: the
+    problem's best weights and proxies, the last solution's weights, the run's best of both.
+
+    Attributes:
+        phase: what the next event is about.
+        orders: what the last event asks for, in this order, before the next one. Each may be done
+            again: a run resumed from a state saved before or after them does them again.
+            `move_anchor`: theta_prev becomes the problem's best weights; the live weights stay.
+            `reset_moments`: of the proxies. `keep_solution`, `keep_model`: the live weights and
+            proxies are the problem's, the run's best. `restore_model`: the run's best return.
+        problem: t.
+        draws: of the pool.
+        step: updates done.
+        steps_since: the last evaluation.
+        evaluations: done.
+        problem_best: score; none yet in this problem. Each problem begins anew, as in the code.
+        problem_stale: evaluations of this problem since.
+        run_best: score.
+        run_stale: evaluations since.
+        run_best_step: updates when it was reached.
+    """
+
+    phase: CcpPhase = "draw"
+    orders: tuple[CcpOrder, ...] = ()
+    problem: int = 0
+    draws: int = 0
+    step: int = 0
+    steps_since: int = 0
+    evaluations: int = 0
+    problem_best: float | None = None
+    problem_stale: int = 0
+    run_best: float | None = None
+    run_stale: int = 0
+    run_best_step: int = 0
+
+    def as_json(self) -> dict[str, Any]:
+        """Numbers, strings and a list; `from_json` is the way back, through any JSON file."""
+        return {**asdict(self), "orders": list(self.orders)}
+
+    @staticmethod
+    def from_json(saved: Mapping[str, Any]) -> CcpState:
+        """The state of `as_json`.
+
+        Raises:
+            UsageError: if it has other keys.
+        """
+        wanted = {field.name for field in fields(CcpState)}
+        if set(saved) != wanted:
+            odd = ", ".join(sorted(set(saved) ^ wanted))
+            raise UsageError(
+                f"state of chance constraints: missing or unknown {odd}; was it saved by another "
+                "version? Start a new run"
+            )
+        return CcpState(**{**saved, "orders": tuple(saved["orders"])})
+
+
+@dataclass(frozen=True)
+class PoolDrawn:
+    """One image of each class was embedded, or the pool was taken from the bank."""
+
+
+@dataclass(frozen=True)
+class ProxiesChosen:
+    """The proxies are those of the pool."""
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """One update."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The live weights and proxies scored `score`: MAP@R on validation."""
+
+    score: float
+
+
+CcpEvent = PoolDrawn | ProxiesChosen | StepDone | Evaluated
+_AWAITED: dict[CcpPhase, type[CcpEvent]] = {
+    "draw": PoolDrawn,
+    "choose": ProxiesChosen,
+    "train": StepDone,
+    "evaluate": Evaluated,
+}
+
+
+def next_phase(state: CcpState, event: CcpEvent, plan: CcpPlan) -> CcpState:
+    """The state after what has happened (papers.md, 4.2).
+
+    k-center's initial set is the origin while `problem` is 0, the problem's best proxies after.
+
+    Raises:
+        RunError: if a score is not a number.
+    """
+    assert state.phase != "finished", f"{event} after the run's end"
+    assert type(event) is _AWAITED[state.phase], f"{event} in the phase {state.phase!r}"
+    state = replace(state, orders=())
+    match event:
+        case PoolDrawn():
+            draws = state.draws + 1
+            full = draws >= plan.draws_at(state.problem)
+            return replace(state, draws=draws, phase="choose" if full else "draw")
+        case ProxiesChosen():
+            orders = ("reset_moments",) if plan.reset_moments and state.problem > 0 else ()
+            return replace(state, phase="train", draws=0, orders=orders)
+        case StepDone():
+            since = state.steps_since + 1
+            phase = "evaluate" if since >= plan.evaluate_every else "train"
+            return replace(state, step=state.step + 1, steps_since=since, phase=phase)
+        case Evaluated(score):
+            if math.isnan(score):
+                raise RunError(f"validation MAP@R is nan after step {state.step}")
+            return _after_evaluation(state, score, plan)
+
+
+def _after_evaluation(state: CcpState, score: float, plan: CcpPlan) -> CcpState:
+    orders: list[CcpOrder] = []
+    state = replace(state, evaluations=state.evaluations + 1, steps_since=0, phase="train")
+    if _better(score, state.problem_best, plan):
+        orders.append("keep_solution")
+        state = replace(state, problem_best=score, problem_stale=0)
+    else:
+        state = replace(state, problem_stale=state.problem_stale + 1)
+    if _better(score, state.run_best, plan):
+        orders.append("keep_model")
+        state = replace(state, run_best=score, run_stale=0, run_best_step=state.step)
+    else:
+        state = replace(state, run_stale=state.run_stale + 1)
+    waited = state.run_stale
+    if plan.patience_unit == "steps":
+        waited = state.step - state.run_best_step
+    if waited >= plan.run_patience:
+        return replace(state, phase="finished", orders=(*orders, "restore_model"))
+    if state.problem_stale >= plan.problem_patience:
+        orders.append("move_anchor")
+        begun = replace(state, problem=state.problem + 1, problem_best=None, problem_stale=0)
+        return replace(begun, phase="draw", orders=tuple(orders))
+    return replace(state, orders=tuple(orders))
+
+
+def _better(score: float, best: float | None, plan: CcpPlan) -> bool:
+    return best is None or score > best + plan.least_gain
