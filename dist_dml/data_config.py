@@ -149,7 +149,7 @@ class DataConfig(Section):
     """Damaged images one after the other that stop the run: that is a lost shard, not bad luck."""
     storage: StorageConfig = StorageConfig()
     loader_processes: Annotated[int, Field(ge=0)] = 1
-    """Decoding processes of each worker; 0 decodes in the training process."""
+    """Decoding processes of each worker; 0 decodes in a thread of the training process."""
     prefetch: Count = 4
     """Micro-batches that each decoding process prepares ahead."""
     image: ImageConfig = ImageConfig()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
-from typing import Any
+from queue import Full, Queue
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ from dist_dml.data.prefetch import Prefetcher
 from dist_dml.data.reader import open_reader, storage_error
 from dist_dml.data_config import DataConfig
 from dist_dml.errors import RunError
+
+_CLOSE_SECONDS = 10.0
 
 
 def training_batches(
@@ -79,6 +82,8 @@ def training_batches(
             if ahead is not None:
                 ahead.close()
 
+    if config.loader_processes == 0:
+        return _made_ahead(mended(), config.prefetch)
     return mended()
 
 
@@ -151,6 +156,48 @@ def _without_faults(index: Index, every: Iterable[Made]) -> Iterator[Batch]:
         if made.fault:
             raise storage_error(index, made.fault_sample, made.fault)
         yield made.batch
+
+
+def _made_ahead(batches: Iterator[Batch], count: int) -> Iterator[Batch]:
+    """The same batches, made by a thread of this process up to `count` of them ahead.
+
+    Reading, checksums and decoding leave the interpreter to others, and so do the steps' own
+    operations; what a worker waits for others is filled with decoding.
+    """
+    made: Queue[Batch | BaseException | None] = Queue(count)
+    stop = threading.Event()
+
+    def put(thing: Batch | BaseException | None) -> None:
+        while not stop.is_set():
+            try:
+                return made.put(thing, timeout=0.1)
+            except Full:
+                continue
+
+    def work() -> None:
+        try:
+            for batch in batches:
+                put(batch)
+                if stop.is_set():
+                    return
+            put(None)
+        except BaseException as error:
+            put(error)
+        finally:
+            cast(
+                Generator, batches
+            ).close()  # Here: a generator belongs to the thread that runs it.
+
+    thread = threading.Thread(target=work, name="decode", daemon=True)
+    thread.start()
+    try:
+        while (found := made.get()) is not None:
+            if isinstance(found, BaseException):
+                raise found
+            yield found
+    finally:
+        stop.set()
+        thread.join(_CLOSE_SECONDS)  # It may be in the pauses of a store that does not answer.
 
 
 def _made_elsewhere(
