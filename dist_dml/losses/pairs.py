@@ -102,3 +102,30 @@ def pairs_of(
     alike = anchor_labels[:, None] == labels
     itself = own[:, None] == torch.arange(len(labels), device=labels.device)
     return Pairs(values, counted & alike & ~itself, counted & ~alike)
+
+
+@dataclass(frozen=True)
+class LabelledPairs(Pairs):
+    """Pairs for losses that must know which of the other rows share a class.
+
+    Attributes:
+        anchor_labels: of the anchors.
+        labels: of all rows.
+        ignored: label of rows that take part in no pair.
+    """
+
+    anchor_labels: Int[Tensor, " m"]
+    labels: Int[Tensor, " R"]
+    ignored: int
+
+
+def labelled_pairs_of(
+    values: Float[Tensor, "m R"],
+    anchor_labels: Int[Tensor, " m"],
+    labels: Int[Tensor, " R"],
+    own: Int[Tensor, " m"],
+    ignored: int,
+) -> LabelledPairs:
+    """As `pairs_of`, with the labels."""
+    pairs = pairs_of(values, anchor_labels, labels, own, ignored)
+    return LabelledPairs(values, pairs.same, pairs.other, anchor_labels, labels, ignored)

@@ -30,34 +30,14 @@ from torch import Tensor
 
 from dist_dml.errors import UsageError
 from dist_dml.losses.mutual_information import Parts
-from dist_dml.losses.pairs import AnchorLoss, Comparison, PairLoss, Pairs, pairs_of
-
-
-@dataclass(frozen=True)
-class LabelledPairs(Pairs):
-    """Pairs for losses that must know which of the other rows share a class.
-
-    Attributes:
-        anchor_labels: of the anchors.
-        labels: of all rows.
-        ignored: label of rows that take part in no pair.
-    """
-
-    anchor_labels: Int[Tensor, " m"]
-    labels: Int[Tensor, " R"]
-    ignored: int
-
-
-def labelled_pairs_of(
-    values: Float[Tensor, "m R"],
-    anchor_labels: Int[Tensor, " m"],
-    labels: Int[Tensor, " R"],
-    own: Int[Tensor, " m"],
-    ignored: int,
-) -> LabelledPairs:
-    """As `pairs_of`, with the labels."""
-    pairs = pairs_of(values, anchor_labels, labels, own, ignored)
-    return LabelledPairs(values, pairs.same, pairs.other, anchor_labels, labels, ignored)
+from dist_dml.losses.pairs import (
+    AnchorLoss,
+    Comparison,
+    LabelledPairs,
+    PairLoss,
+    Pairs,
+    labelled_pairs_of,
+)
 
 
 def relative_pairs(

@@ -25,8 +25,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from dist_dml.errors import UsageError
-from dist_dml.losses.pairs import AnchorLoss, PairLoss, compare
-from dist_dml.losses.pairwise_cross_entropy import labelled_pairs_of
+from dist_dml.losses.pairs import AnchorLoss, PairLoss, compare, labelled_pairs_of
 from dist_dml.parallel.collectives import (
     PendingGather,
     PendingReduction,

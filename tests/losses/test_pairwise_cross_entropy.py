@@ -12,11 +12,9 @@ from torch import Tensor
 
 from dist_dml.errors import UsageError
 from dist_dml.losses.center import squared_distances_to_means
-from dist_dml.losses.pairs import AnchorLoss, PairLoss, compare
+from dist_dml.losses.pairs import AnchorLoss, LabelledPairs, PairLoss, compare, labelled_pairs_of
 from dist_dml.losses.pairwise_cross_entropy import (
     SPCE,
-    LabelledPairs,
-    labelled_pairs_of,
     pairwise_cross_entropy,
     pairwise_cross_entropy_parts,
     relative_losses,

@@ -11,7 +11,6 @@ import argparse
 from pathlib import Path
 
 from dist_dml.data.index import Index
-from dist_dml.data.index_command import describe
 from dist_dml.data.pack.cars_annotations import LAYOUT, CarRow, find_cars
 from dist_dml.data.pack.image_files import ImageSample, unique_keys
 from dist_dml.data.pack.listed_images import (
@@ -19,6 +18,7 @@ from dist_dml.data.pack.listed_images import (
     Published,
     add_pack_arguments,
     pack_listed,
+    run_packer,
 )
 
 PUBLISHED = Published(
@@ -84,15 +84,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """`dist-dml pack cars`. Returns the exit code."""
-    index = pack_cars(
-        arguments.src,
-        arguments.out,
-        arguments.seed,
-        arguments.resize,
-        arguments.shard_samples,
-        arguments.processes,
-        arguments.strict_counts,
-        arguments.skip_missing,
-    )
-    print(describe(index))
-    return 0
+    return run_packer(pack_cars, arguments)

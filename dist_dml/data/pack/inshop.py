@@ -11,7 +11,6 @@ import argparse
 from pathlib import Path
 
 from dist_dml.data.index import Index
-from dist_dml.data.index_command import describe
 from dist_dml.data.pack.image_files import ImageSample, Tree, find_tree, open_tree, unique_keys
 from dist_dml.data.pack.listed_images import (
     PackOptions,
@@ -19,6 +18,7 @@ from dist_dml.data.pack.listed_images import (
     add_pack_arguments,
     note,
     pack_listed,
+    run_packer,
 )
 from dist_dml.data.pack.official_lists import four_numbers, read_table, whole_number
 from dist_dml.errors import UsageError
@@ -130,15 +130,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """`dist-dml pack inshop`. Returns the exit code."""
-    index = pack_inshop(
-        arguments.src,
-        arguments.out,
-        arguments.seed,
-        arguments.resize,
-        arguments.shard_samples,
-        arguments.processes,
-        arguments.strict_counts,
-        arguments.skip_missing,
-    )
-    print(describe(index))
-    return 0
+    return run_packer(pack_inshop, arguments)

@@ -11,12 +11,13 @@ import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
 from dist_dml.data.index import Index
+from dist_dml.data.index_command import describe
 from dist_dml.data.labels import TRAIN
 from dist_dml.data.pack.image_files import ImageSample, Tree, encoders, render
 from dist_dml.data.pack.writing import plan_shards, write_pack
@@ -234,3 +235,19 @@ def add_pack_arguments(parser: argparse.ArgumentParser, source: str) -> None:
     parser.add_argument(
         "--skip-missing", action="store_true", help="leave listed images out that are not there"
     )
+
+
+def run_packer(pack: Callable[..., Index], arguments: argparse.Namespace) -> int:
+    """Call a packer with what `add_pack_arguments` declares. Returns the exit code."""
+    index = pack(
+        arguments.src,
+        arguments.out,
+        arguments.seed,
+        arguments.resize,
+        arguments.shard_samples,
+        arguments.processes,
+        arguments.strict_counts,
+        arguments.skip_missing,
+    )
+    print(describe(index))
+    return 0

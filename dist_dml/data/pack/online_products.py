@@ -10,13 +10,13 @@ import argparse
 from pathlib import Path
 
 from dist_dml.data.index import Index
-from dist_dml.data.index_command import describe
 from dist_dml.data.pack.image_files import ImageSample, Tree, find_tree, unique_keys
 from dist_dml.data.pack.listed_images import (
     PackOptions,
     Published,
     add_pack_arguments,
     pack_listed,
+    run_packer,
 )
 from dist_dml.data.pack.official_lists import read_table, whole_number
 
@@ -93,15 +93,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """`dist-dml pack products`. Returns the exit code."""
-    index = pack_online_products(
-        arguments.src,
-        arguments.out,
-        arguments.seed,
-        arguments.resize,
-        arguments.shard_samples,
-        arguments.processes,
-        arguments.strict_counts,
-        arguments.skip_missing,
-    )
-    print(describe(index))
-    return 0
+    return run_packer(pack_online_products, arguments)
