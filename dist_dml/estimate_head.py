@@ -14,7 +14,7 @@ from dist_dml.losses.softmax import RowLoss, softmax_form
 from dist_dml.parallel.backend_costs import BACKENDS, Backend
 from dist_dml.parallel.cost import HeadShape, SweepCost, SweepPlan, sweep_cost
 from dist_dml.parallel.head_memory import MemoryItem, memory_of
-from dist_dml.parallel.machine import Machine
+from dist_dml.parallel.machine import Machine, split_pays
 from dist_dml.parallel.sweep_choice import choose_sweep
 
 
@@ -127,7 +127,13 @@ def estimate_head(
     Raises:
         UsageError: if no sweep fits `loss.tile_mebibytes`.
     """
-    classes = config.classes
+    classes, own = config.classes, -(-shape.num_classes // shape.workers)
+    asked = config.loss.tile_dtype
+    may_split = asked == "bfloat16x3" and machine.gemm["bfloat16"] > machine.gemm["float32"]
+    if asked == "float32":
+        may_split = split_pays(machine, own, shape.embedding_dim)
+    if backend is BACKENDS["native"] and may_split:
+        machine = machine.with_split_products()
     plan = choose_sweep(
         shape,
         machine,

@@ -107,6 +107,7 @@ def _compared(case: _Case, machine: Machine) -> dict[str, Any]:
     """One row: measured and predicted seconds."""
     num_classes, width, num_rows = case.size
     shape = HeadShape(num_classes, width, num_rows, operand_dtype=case.dtype, bias=True)
+    machine = machine.with_split_products() if case.classifier.split else machine
     backend, plan = BACKENDS[case.backend], case.classifier.plan
     if plan.tile_classes == 0:  # The backend chooses; what the model thinks that it chooses.
         plan = choose_sweep(shape, machine, case.classifier.tile_bytes, backend, case.sweep)

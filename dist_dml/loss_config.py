@@ -142,11 +142,16 @@ class LossConfig(BaseModel):
     """Standard deviation of the initial class weights, drawn by class id. Paper B: 0."""
     tile_mebibytes: Positive = 256.0
     """Most memory a step may use beyond class weights, their gradient and optimizer state."""
-    tile_dtype: Literal["float32", "bfloat16x3", "bfloat16"] = "float32"
+    tile_dtype: Literal["float32", "float32_ieee", "bfloat16x3", "bfloat16"] = "float32"
     """Operands of the tiles' matrix products; sums, exponentials and updates stay in float32.
-    `bfloat16x3` splits float32 operands in two and makes three products of one, with 16 bits of
-    mantissa (PyTorch's float32 precision "high"); the native kernels do so where the processor has
-    units for bfloat16, everything else computes in float32.
+
+    `float32` has the largest error of float32 products, however they are made: on a processor with
+    AMX and for tens of thousands of classes a worker the native kernels do as `bfloat16x3`.
+    `float32_ieee`: every product is one of float32 numbers.
+    `bfloat16x3`: float32 operands are split into two bfloat16 and three products made of one, and
+    the logits that carry most of a row are computed in float32; where there are no native kernels
+    or no units for bfloat16, all of them.
+    `bfloat16`: operands are rounded to 8 bits of mantissa.
     """
 
     @model_validator(mode="after")

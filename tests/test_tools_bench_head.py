@@ -200,15 +200,15 @@ def test_the_cpu_rows_are_judged_from_what_was_measured():
     judged = [(v.what.removeprefix("dist_dml, "), v.holds) for v in lines]
     assert judged == [
         ("float32 faster", True),
-        ("float32 by 3 bf16 faster", None),
+        ("IEEE float32 faster", None),
         ("bf16 tiles faster", False),
         ("bf16 tiles, cosface, exact, faster", None),
         ("bf16 tiles, exact, faster", True),
         ("float32, extra memory", False),
-        ("float32 by 3 bf16, extra memory", None),
+        ("IEEE float32, extra memory", None),
         ("bf16 tiles, extra memory", True),
         ("float32, time over the bound", True),
-        ("float32 by 3 bf16, time over the bound", None),
+        ("IEEE float32, time over the bound", None),
         ("bf16 tiles, time over the bound", False),
         ("float32, time per class, largest over smallest", True),
         ("float32, extra memory, largest over smallest", True),

@@ -39,7 +39,7 @@ Times = dict[str, list[float | None]]
 # Seconds a repetition that a variant may take on average: a slower one sits out some repetitions.
 PATIENCE_SECONDS = 6.0
 # Classes of the problem on which errors are measured, small enough for float64.
-ERROR_CLASSES = 20_000
+ERROR_CLASSES = 40_000
 # An update by the gradient times this is so large that the old weight's rounding is lost in it, so
 # that (old - new) / rate is the gradient to float32, whoever updates and whether one exists or not.
 ERROR_RATE = 1024.0

@@ -88,7 +88,7 @@ def rates_line(comparison: Comparison) -> str:
         texts.append(f"{kind} {value:,.3g} {unit[kind]}{where}")
     bounds = (
         f"{dtype} {Spread.of(v for v in comparison.bounds(dtype) if v is not None).median:.3f} s"
-        for dtype in ("float32", "bfloat16")
+        for dtype in ("float32", "IEEE float32", "bfloat16")
     )
     return f"rates: {', '.join(texts)}; bound: {', '.join(bounds)}"
 

@@ -32,7 +32,12 @@ TILE_MEBIBYTES = {"cpu": 48.0, "cuda": 1024.0}
 # `keep` asks for all logits of a batch, which is what it is for.
 KEEP_MEBIBYTES = 4096.0
 
-_OPERANDS = {"float32": "float32", "bfloat16x3": "float32 by 3 bf16", "bfloat16": "bf16 tiles"}
+_OPERANDS = {
+    "float32": "float32",
+    "float32_ieee": "IEEE float32",
+    "bfloat16x3": "float32 by 3 bf16",
+    "bfloat16": "bf16 tiles",
+}
 
 Backend = Literal["auto", "torch", "native", "triton"]
 Sweep = Literal["auto", "keep", "recompute", "row_chunked"]
@@ -56,14 +61,14 @@ class Variant:
     """One of this project's ways to do a step.
 
     Attributes:
-        operand: dtype of the operands of the matrix products; sums are float32.
+        operand: of the matrix products (`loss.tile_dtype`); sums are float32.
         loss: `cross_entropy` of inner products, or `cosface`, which is what Partial FC computes.
         sample: share of the classes that take part; 1 is exact.
     """
 
     backend: Backend = "auto"
     sweep: Sweep = "auto"
-    operand: Literal["float32", "bfloat16x3", "bfloat16"] = "float32"
+    operand: Literal["float32", "float32_ieee", "bfloat16x3", "bfloat16"] = "float32"
     loss: Literal["cross_entropy", "cosface"] = "cross_entropy"
     optimizer: Literal["sgd", "adamw", "adagrad"] = "sgd"
     weight_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -109,8 +114,8 @@ class Head:
 
 # What a user gets without a word, in both dtypes: the verdicts are about these.
 DEFAULTS = {operand: Variant(operand=operand) for operand in ("float32", "bfloat16")}
-# float32 at the price of three products of bfloat16.
-SPLIT = Variant(operand="bfloat16x3")
+# What float32 would cost if every product were one of float32 numbers.
+IEEE = Variant(operand="float32_ieee")
 COSFACE = {operand: replace(v, loss="cosface") for operand, v in DEFAULTS.items()}
 EXTRAS: dict[str, tuple[Variant, ...]] = {
     "adamw": tuple(replace(v, optimizer="adamw") for v in DEFAULTS.values()),
@@ -125,7 +130,7 @@ SWEEPS: tuple[Sweep, ...] = ("recompute", "keep", "row_chunked")
 def project_variants(device: torch.device, also: tuple[str, ...] = ()) -> dict[str, Variant]:
     """The defaults, each backend with each sweep, and what was asked for besides, by name."""
     found = [*DEFAULTS.values(), *COSFACE.values()]
-    found += [SPLIT] if device.type == "cpu" else []
+    found += [IEEE] if device.type == "cpu" else []
     for backend in BACKENDS[device.type]:
         for sweep in SWEEPS:
             found += [replace(v, backend=backend, sweep=sweep) for v in DEFAULTS.values()]
@@ -253,4 +258,5 @@ def _what_runs(classifier: ClassParallelClassifier) -> str:
     name = "torch" if backend is None else type(backend).__name__
     tiles = f"tiles of {plan.tile_classes:,} classes" if plan.tile_classes else "its own tiles"
     chunk = f", {plan.row_chunk:,} rows at a time" if plan.row_chunk else ""
-    return f"{name}, {plan.sweep}, {tiles}{chunk}"
+    split = ", float32 as three products of bfloat16" if classifier.split else ""
+    return f"{name}, {plan.sweep}, {tiles}{chunk}{split}"

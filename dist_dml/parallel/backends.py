@@ -14,7 +14,7 @@ from dist_dml.losses.softmax import RowLoss, softmax_form
 from dist_dml.parallel.class_problem import ClassParallelProblem
 from dist_dml.parallel.class_sweeps import ClassStep, KernelBackend
 from dist_dml.parallel.cost import BACKENDS, HeadShape, SweepPlan
-from dist_dml.parallel.machine import known_machine
+from dist_dml.parallel.machine import known_machine, split_pays
 from dist_dml.parallel.sweep_choice import choose_sweep
 
 # Rows of a chunk where row-chunked sweeps are asked for without a number.
@@ -55,13 +55,27 @@ def choose_backend(
     return found
 
 
-def splits_operands(config: LossConfig, backend: KernelBackend | None) -> bool:
-    """Whether products of float32 are made of three of bfloat16: asked for, and to be had."""
-    if config.tile_dtype != "bfloat16x3" or backend is None or not backend.pulls:
+def splits_operands(
+    config: LossConfig, backend: KernelBackend | None, num_classes: int, embedding_dim: int
+) -> bool:
+    """Whether products of float32 are made of three of bfloat16: asked for or faster, and had.
+
+    Args:
+        config: of the loss.
+        backend: that computes the products.
+        num_classes: of this worker.
+        embedding_dim: D.
+    """
+    if backend is None or not backend.pulls:
         return False
     from dist_dml.parallel.sweep_native import NativeBackend
 
-    return isinstance(backend, NativeBackend) and not backend.supports(torch.bfloat16)
+    if not isinstance(backend, NativeBackend) or backend.supports(torch.bfloat16):
+        return False
+    if config.tile_dtype == "float32":
+        machine = known_machine(torch.device("cpu"), torch.get_num_threads())
+        return split_pays(machine, num_classes, embedding_dim)
+    return config.tile_dtype == "bfloat16x3"
 
 
 def choose_plan(
@@ -107,6 +121,8 @@ def choose_plan(
         refined=isinstance(loss, RowLoss) and loss.refined,
     )
     machine = known_machine(device, torch.get_num_threads())
+    if shard.split:
+        machine = machine.with_split_products()
     if classes.cache_mebibytes:
         machine = replace(machine, cache_bytes=int(classes.cache_mebibytes * 2**20))
     name = "torch" if problem.backend is None else "native"

@@ -39,8 +39,10 @@ class KernelClasses:
         active: (n,) int64, ascending: the local ids of the classes that take part; None: all c.
         operand_dtype: operands of the matrix products are rounded to it; sums are float32.
         split_operands: float32 operands may be split into two bfloat16 each, and three products be
-            made of one (high x high, high x rest, rest x high): 16 bits of mantissa, where units
-            for bfloat16 are more than three times as fast. A backend without them takes float32.
+            made of one (high x high, high x rest, rest x high: 16 bits of mantissa), except for the
+            labels' logits and those that hold a large share of a row's exponentials: these and what
+            they add to gradients are computed in float32. A backend without units for bfloat16
+            takes float32 for all.
         tile_classes: classes of a tile, 0 for the backend's choice.
         row_chunk: rows of a chunk, 0 for the backend's choice.
         filter_below: tiles whose probabilities are all smaller give no gradient; 0 filters nothing.

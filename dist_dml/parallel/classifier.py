@@ -100,7 +100,7 @@ class ClassParallelClassifier(nn.Module):
         )
         self.tile_bytes = round(loss_config.tile_mebibytes * 2**20)
         self.tile_dtype = torch.bfloat16 if loss_config.tile_dtype == "bfloat16" else None
-        self.split = splits_operands(loss_config, self.backend)
+        self.split = splits_operands(loss_config, self.backend, partition.size, embedding_dim)
         centres = self.objective.centres
         kept = dtype if classes.weight_dtype == "float32" else weight_dtype(classes)
         weight = initial_weight(

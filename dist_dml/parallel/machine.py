@@ -110,6 +110,28 @@ class Machine:
         source = self.source.replace(f"{self.share:.0%} of", f"{share:.0%} of")
         return replace(self, gemm=gemm, share=share, source=source)
 
+    def with_split_products(self) -> Machine:
+        """This machine where products of float32 are made of three of bfloat16."""
+        return replace(self, gemm={**self.gemm, "float32": self.gemm["bfloat16"] / 3})
+
+
+# From here on split products are never slower than products of float32, whatever the rows and their
+# logits are (2 cores with AMX; docs/LOG.md, 2026-11-21).
+_SPLIT_CLASSES, _SPLIT_FEATURES = 2**15, 64
+
+
+def split_pays(machine: Machine, num_classes: int, embedding_dim: int) -> bool:
+    """Whether the native kernels make products of float32 of three of bfloat16 by themselves.
+
+    Args:
+        machine: its rates.
+        num_classes: of a worker.
+        embedding_dim: D.
+    """
+    if machine.device != "cpu" or machine.gemm["bfloat16"] <= 3 * machine.gemm["float32"]:
+        return False
+    return num_classes >= _SPLIT_CLASSES and embedding_dim >= _SPLIT_FEATURES
+
 
 def _gpu(
     name: str,

@@ -40,14 +40,15 @@ inline void store_gradient(SplitPointer to, Lanes x, Lanes y) {
 inline Lanes load(SplitPointer from) { return load(from.high) + load(from.rest); }
 
 // G = factor exp(f s + b - normaliser) - offset of `count` classes, and its sums over lanes.
-// Returns whether all exponentials were below `threshold` (false where one is not a number). `out`
+// Returns the largest exponential; `kChecked`: or NaN where one is. `out`
 // may be `logits`: stores stay behind loads. `ahead(j)` is called once a class.
-template <class Out, class Ahead>
-inline bool logit_gradients(const float* logits, int64_t count, int64_t lanes, int64_t ld,
+template <bool kChecked, class Out, class Ahead>
+inline float logit_gradients(const float* logits, int64_t count, int64_t lanes, int64_t ld,
                             const float* factors, const float* bias, const float* normaliser,
-                            const float* factor, const float* offset, float threshold, Out out,
-                            int64_t out_ld, float* sums, Ahead ahead) {
-  IntLanes small = IntLanes{} - 1;
+                            const float* factor, const float* offset, Out out, int64_t out_ld,
+                            float* sums, Ahead ahead) {
+  Lanes most = Lanes{};
+  IntLanes numbers = IntLanes{} - 1;
   for (int64_t j = 0; j < count; ++j) {
     ahead(j);
     const float* from = logits + j * ld;
@@ -55,7 +56,8 @@ inline bool logit_gradients(const float* logits, int64_t count, int64_t lanes, i
     for (int64_t i = 0; i < lanes; i += 2 * kLanes) {
       Lanes p = exp_of(f * load(from + i) + b - load(normaliser + i));
       Lanes q = exp_of(f * load(from + i + kLanes) + b - load(normaliser + i + kLanes));
-      if (threshold > 0) small &= (p < threshold) & (q < threshold);
+      most = larger(larger(p, q), most);
+      if constexpr (kChecked) numbers &= (p == p) & (q == q);
       p = load(factor + i) * p - load(offset + i);
       q = load(factor + i + kLanes) * q - load(offset + i + kLanes);
       total += p + q;
@@ -63,11 +65,22 @@ inline bool logit_gradients(const float* logits, int64_t count, int64_t lanes, i
     }
     sums[j] = sum(total);
   }
-  return !any(~small);
+  if (kChecked && any(~numbers)) return std::numeric_limits<float>::quiet_NaN();
+  float largest = 0;
+  for (int64_t lane = 0; lane < kLanes; ++lane) largest = std::max(largest, most[lane]);
+  return largest;
 }
+
+// An entry of a tile's logits' gradient that is applied in float32: class and row within tile, chunk.
+struct ExactEntry {
+  int64_t column, row;
+  float gradient;
+};
 
 template <class Weight, class Operand>
 class BackwardThread {
+  static constexpr bool kSplit = std::is_same_v<Operand, Split>;
+
  public:
   BackwardThread(const Problem& problem, const Tiling& tiling, const PackedRows<Operand>& rows,
                  const Labels& labels, const LaneCoefficients& lanes, const BackwardTask& task)
@@ -134,20 +147,25 @@ class BackwardThread {
       out = left_planes(planes_.get(), lanes, false);
     else
       out = reinterpret_cast<Operand*>(logits_.get());
-    int64_t of_chunk = chunk * lanes;
-    bool small = logit_gradients(logits, count, lanes, ld, weights_.factor(), weights_.bias(),
-                                 lanes_.normaliser.data() + of_chunk,
-                                 lanes_.factor.data() + of_chunk,
-                                 lanes_.offset.data() + of_chunk, filter_, out, out_ld_,
-                                 sums_.get(), [&](int64_t j) {
-                                   if (chunk + 1 == tiling_.num_chunks) prefetch_state(j);
-                                 });
-    if (filter_ > 0 && small && own.empty()) return mass(out, count);
+    auto run = [&](auto checked) {
+      return logit_gradients<decltype(checked)::value>(
+          logits, count, lanes, ld, weights_.factor(), weights_.bias(),
+          lanes_.normaliser.data() + chunk * lanes, lanes_.factor.data() + chunk * lanes,
+          lanes_.offset.data() + chunk * lanes, out, out_ld_, sums_.get(), [&](int64_t j) {
+            if (chunk + 1 == tiling_.num_chunks) prefetch_state(j);
+          });
+    };
+    float most = filter_ > 0 ? run(std::true_type{}) : run(std::false_type{});
+    if (most < filter_ && own.empty()) return mass(out, count);
+    exact_.clear();
+    if constexpr (kSplit)
+      if (!(most <= kExactShare)) make_large_exact(logits, chunk, out);
     size_t index = 0;
     for (const LabelEntry& entry : own) {
       int64_t j = entry.column - first, row = chunk * tiling_.chunk + entry.row;
       if (task_.kept) logits[j * ld + entry.row] = saved_[index++];
-      set(out + j * out_ld_ + entry.row, task_.label[row]);
+      if constexpr (kSplit) make_exact(out, j, entry.row, task_.label[row]);
+      else set(out + j * out_ld_ + entry.row, task_.label[row]);
       sums_.get()[j] += task_.label[row] + task_.offset[row];
     }
     for (int64_t j = 0; j < count; ++j) bias_gradient[j] += sums_.get()[j];
@@ -155,7 +173,48 @@ class BackwardThread {
       multiply(count, rows_.depth, rows_.plain_count(chunk), out, out_ld_, rows_.plain(chunk),
                rows_.plain_ld(), gradient_.get(), tiling_.features, started_);
     started_ = true;
+    if (with_gradient_)
+      for (const ExactEntry& entry : exact_) add_exact(entry, chunk);
     return 0;
+  }
+
+  // Finds the classes of a tile that hold more than `kExactShare` of a row, and computes their
+  // logits' gradients in float32.
+  void make_large_exact(const float* logits, int64_t chunk, PointerTo<Operand> out) {
+    int64_t ld = tiling_.lane_ld, of_chunk = chunk * tiling_.lanes;
+    static const float least = std::log(kExactShare);
+    for (int64_t j = 0; j < weights_.count(); ++j) {
+      float f = weights_.factor()[j], b = weights_.bias()[j];
+      Lanes fs = all_lanes(f), bs = all_lanes(b);
+      for (int64_t i = 0; i < tiling_.lanes; i += kLanes) {
+        Lanes normalisers = load(lanes_.normaliser.data() + of_chunk + i);
+        Lanes x = fs * load(logits + j * ld + i) + bs - normalisers;
+        IntLanes large = x > least;
+        if (!any(large)) continue;
+        for (int64_t lane = 0; lane < kLanes; ++lane) {
+          if (!large[lane]) continue;
+          int64_t row = chunk * tiling_.chunk + i + lane, at = of_chunk + i + lane;
+          float s = weights_.exact_product(j, problem_.rows + row * problem_.num_features);
+          float now = f * s + b - normalisers[lane];
+          Lanes p = exp_of(all_lanes(x[lane])), q = exp_of(all_lanes(now));
+          sums_.get()[j] += lanes_.factor[at] * (q[0] - p[0]);
+          make_exact(out, j, i + lane, lanes_.factor[at] * q[0] - lanes_.offset[at]);
+        }
+      }
+    }
+  }
+
+  // Takes an entry of the logits' gradient out of the product.
+  void make_exact(PointerTo<Operand> out, int64_t j, int64_t i, float g) {
+    set(out + j * out_ld_ + i, 0.0f);
+    exact_.push_back({j, i, g});
+  }
+
+  void add_exact(const ExactEntry& entry, int64_t chunk) {
+    int64_t depth = problem_.num_features;
+    const float* x = problem_.rows + (chunk * tiling_.chunk + entry.row) * depth;
+    float* to = gradient_.get() + entry.column * tiling_.features;
+    for (int64_t d = 0; d < depth; ++d) to[d] += entry.gradient * x[d];
   }
 
   // The state of class j, if it has a number for each of the weights.
@@ -234,6 +293,7 @@ class BackwardThread {
   RowUpdate<Weight, float> update_float_{problem_, update_of(task_)};
   RowUpdate<Weight, Half> update_half_{problem_, update_of(task_)};
   std::vector<float> saved_;
+  std::vector<ExactEntry> exact_;
   bool started_ = false;
   int64_t next_ = 0, filtered_ = 0;
 };

@@ -69,6 +69,8 @@ inline void exponentials(const float* logits, int64_t count, int64_t lanes, int6
 
 template <class Weight, class Operand>
 class ForwardThread {
+  static constexpr bool kSplit = std::is_same_v<Operand, Split>;
+
  public:
   ForwardThread(const Problem& problem, const Tiling& tiling, const PackedRows<Operand>& rows,
                 const Labels& labels, const ForwardResult& result)
@@ -82,9 +84,10 @@ class ForwardThread {
         planes_(std::is_same_v<Operand, Split> && result.pull
                     ? 3 * rounded_up(tiling.tile, 2 * kLanes) * tiling.lane_ld : 0),
         largest_(tiling.block * tiling.lanes),
-        before_(tiling.lanes),
+        tile_largest_(tiling.lanes),
         tile_mass_(tiling.lanes),
         tile_gap_(tiling.lanes),
+        total_(tiling.lanes),
         pull_(result.pull ? tiling.block * problem.num_features * tiling.lanes : 0) {}
 
   // Sums the tiles `from` to `to` of `num_chunks` chunks from `first_chunk` on.
@@ -100,6 +103,8 @@ class ForwardThread {
       int64_t first = tile * tiling_.tile;
       weights_.take(first, std::min(tiling_.tile, problem_.num_classes - first));
       if (result_.pull) weights_.transpose_operand();
+      // Early tiles are held against a part of the final sum only: a lenient share saves work there.
+      share_ = kExactShare * std::min<float>(4.0f, static_cast<float>(to - from) / (tile + 1 - from));
       next_ = tile + 1 < to ? first + tiling_.tile : problem_.num_classes;
       for (int64_t k = 0; k < num_chunks; ++k) add_chunk(first_chunk + k, k);
     }
@@ -129,6 +134,7 @@ class ForwardThread {
     for (const LabelEntry& entry : own) {
       int64_t j = entry.column - first;
       float& logit = logits[j * ld + entry.row];
+      if constexpr (kSplit) logit = weights_.exact_product(j, row_at(chunk, entry.row));
       saved_.push_back(logit);
       result_.label[chunk * tiling_.chunk + entry.row] =
           weights_.factor()[j] * logit + weights_.bias()[j];
@@ -136,6 +142,7 @@ class ForwardThread {
     }
     raise(logits, even, k);
     add_exponentials(logits, even, k);
+    if constexpr (kSplit) make_large_exact(logits, chunk, k);
     for (int64_t i = 0; i < lanes; ++i) others_[k * lanes + i] += count;
     size_t index = 0;
     for (const LabelEntry& entry : own) {
@@ -148,13 +155,14 @@ class ForwardThread {
   // Raises the running maximum, and what was summed up relative to the old one.
   void raise(const float* logits, int64_t even, int64_t k) {
     int64_t lanes = tiling_.lanes;
-    float *largest = largest_.get() + k * lanes, *before = before_.get();
-    std::copy_n(largest, lanes, before);
+    float *largest = largest_.get() + k * lanes, *of_tile = tile_largest_.get();
+    std::fill_n(of_tile, lanes, kNoRival);
     raise_largest(logits, even, lanes, tiling_.lane_ld, weights_.factor(), weights_.bias(),
-                  largest);
+                  of_tile);
     for (int64_t i = 0; i < lanes; i += kLanes) {
-      Lanes now = load(largest + i), then = load(before + i);
+      Lanes then = load(largest + i), now = larger(load(of_tile + i), then);
       if (!any(now > then)) continue;
+      store(largest + i, now);
       Lanes shrink = exp_of_nonpositive(then - now);
       for (int64_t lane = 0; lane < kLanes; ++lane) {
         int64_t row = k * lanes + i + lane;
@@ -190,8 +198,56 @@ class ForwardThread {
     else with_out(nullptr);
     for (int64_t i = 0; i < lanes; ++i) {  // float32 within a tile, float64 over tiles.
       mass_[k * lanes + i] += tile_mass_.get()[i];
+      total_.get()[i] = static_cast<float>(mass_[k * lanes + i]);
       gap_[k * lanes + i] += tile_gap_.get()[i];
     }
+  }
+
+  // Finds the logits of a tile that hold more than `share_` of what their row has summed up so far,
+  // and computes them and what they add in float32.
+  void make_large_exact(float* logits, int64_t chunk, int64_t k) {
+    int64_t ld = tiling_.lane_ld, present = tiling_.chunk_rows(problem_, chunk);
+    for (int64_t i = 0; i < present; i += kLanes) {
+      Lanes least = all_lanes(std::numeric_limits<float>::infinity());
+      Lanes most = load(largest_.get() + k * tiling_.lanes + i);
+      Lanes enough = share_ * load(total_.get() + i);
+      IntLanes found = exp_of_nonpositive(load(tile_largest_.get() + i) - most) > enough;
+      if (!any(found)) continue;
+      for (int64_t lane = 0; lane < std::min(kLanes, present - i); ++lane)
+        if (found[lane]) least[lane] = most[lane] + std::log(enough[lane]);
+      for (int64_t j = 0; j < weights_.count(); ++j) {
+        Lanes f = all_lanes(weights_.factor()[j]), b = all_lanes(weights_.bias()[j]);
+        IntLanes large = f * load(logits + j * ld + i) + b > least;
+        if (!any(large)) continue;
+        for (int64_t lane = 0; lane < kLanes; ++lane)
+          if (large[lane]) make_exact(logits, j, chunk, i + lane, k);
+      }
+    }
+  }
+
+  // Moves class j of the tile from the products to the sums of lane `i`.
+  void make_exact(float* logits, int64_t j, int64_t chunk, int64_t i, int64_t k) {
+    int64_t lane = k * tiling_.lanes + i, depth = problem_.num_features;
+    float f = weights_.factor()[j], shift = weights_.bias()[j] - largest_.get()[lane];
+    float& logit = logits[j * tiling_.lane_ld + i];
+    float before = f * logit + shift;
+    logit = weights_.exact_product(j, row_at(chunk, i));
+    float now = f * logit + shift, p = exp_of(all_lanes(now))[0];
+    mass_[lane] += static_cast<double>(p) - exp_of(all_lanes(before))[0];
+    if (result_.with_gap) gap_[lane] -= static_cast<double>(now) - before;
+    if (!result_.pull) return;
+    set(products() + (j / 2 * 2 * tiling_.lane_ld + 2 * i + j % 2), 0.0f);
+    const Weight* w = weights_.row(j);
+    float* pull = pull_.get() + k * depth * tiling_.lanes + i;
+    for (int64_t d = 0; d < depth; d += kLanes) {
+      int64_t count = std::min(kLanes, depth - d);
+      Lanes x = load_part(w + d, count);
+      for (int64_t n = 0; n < count; ++n) pull[(d + n) * tiling_.lanes] += p * f * x[n];
+    }
+  }
+
+  const float* row_at(int64_t chunk, int64_t i) const {
+    return problem_.rows + (chunk * tiling_.chunk + i) * problem_.num_features;
   }
 
   void add_pull(int64_t k) {
@@ -219,9 +275,10 @@ class ForwardThread {
   WeightTile<Weight, Operand> weights_;
   Buffer<float> products_;
   Buffer<Half> planes_;
-  Buffer<float> largest_, before_, tile_mass_, tile_gap_, pull_;
+  Buffer<float> largest_, tile_largest_, tile_mass_, tile_gap_, total_, pull_;
   std::vector<double> mass_, gap_, others_;
   std::vector<float> saved_;
+  float share_ = kExactShare;
   int64_t next_ = 0;  // The next tile's first class; n if there is none.
 };
 

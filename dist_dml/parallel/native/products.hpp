@@ -34,6 +34,13 @@ inline void multiply(int64_t m, int64_t n, int64_t k, const Half* a, int64_t ld_
 // of 1.8 to 2.1 TFLOP/s (2 Xeon cores with AMX, 11/2026).
 struct Split {};
 
+// What a product of split operands loses, 2^-17 of an entry, is lost where gradients are large only:
+// in a sum of many small entries it averages out. So logits that hold more than this share of their
+// row's exponentials, and the labels', are computed and applied in float32; a row has at most 64 of
+// them. The largest error of row and weight gradients is then that of float32 products
+// (docs/LOG.md, 2026-11-21).
+constexpr float kExactShare = 1.0f / 64;
+
 struct SplitPointer {
   Half *high, *rest, *again;  // `again`, the second copy of `high`, or null.
   SplitPointer operator+(int64_t count) const {

@@ -75,6 +75,16 @@ class WeightTile {
     }
   }
 
+  // w_j . x in float32.
+  float exact_product(int64_t j, const float* x) const {
+    const Weight* w = row(j);
+    Lanes products = Lanes{};
+    int64_t depth = problem_.num_features, d = 0;
+    for (; d + kLanes <= depth; d += kLanes) products += load(w + d) * load(x + d);
+    if (d < depth) products += load_part(w + d, depth - d) * load_part(x + d, depth - d);
+    return sum(products);
+  }
+
   Weight* row(int64_t j) const { return weight_at<Weight>(problem_, first_ + j); }
   int64_t first() const { return first_; }
   int64_t count() const { return count_; }
