@@ -112,9 +112,13 @@ class Machine:
 
     def with_split_products(self) -> Machine:
         """This machine where products of float32 are made of three of bfloat16."""
-        return replace(self, gemm={**self.gemm, "float32": self.gemm["bfloat16"] / 3})
+        rate = self.gemm["bfloat16"] / _SPLIT_COST
+        return replace(self, gemm={**self.gemm, "float32": rate})
 
 
+# Three products, but as one of three times the depth, at about 1.5 times the rate: a fit,
+# see docs/estimate.md.
+_SPLIT_COST = 2.0
 # From here on split products are never slower than products of float32, whatever the rows and their
 # logits are (2 cores with AMX; docs/LOG.md, 2026-11-21).
 _SPLIT_CLASSES, _SPLIT_FEATURES = 2**15, 64
