@@ -6,6 +6,8 @@ A checkpoint is a folder `checkpoints/step-%09d/`:
 - `optimizer.safetensors`: the embedder's optimizer state by `parameter|key`, the same for all
 engines;
 - `classes-%05d-of-%05d.safetensors`: one worker's class weights and their optimizer state;
+- `shared.safetensors`: what the head holds alike on all workers, if it holds such: the cross-batch
+memory;
 - `config.yaml`, and `manifest.json`: where training stood, the class range and checksum of every
 file.
 
@@ -31,12 +33,13 @@ from torch import Tensor
 from dist_dml.checkpoint_manifest import MANIFEST, Manifest, Progress, manifest_checksum
 from dist_dml.engine import Engine
 from dist_dml.errors import RunError, UsageError
-from dist_dml.parallel.classifier import ClassParallelClassifier
 from dist_dml.parallel.collectives import gather_objects
+from dist_dml.parallel.heads import Head
 from dist_dml.parallel.world import World
 from dist_dml.whole_files import sync_folder
 
 _EMBEDDER, _OPTIMIZER = "embedder.safetensors", "optimizer.safetensors"
+_SHARED = "shared.safetensors"
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def save_checkpoint(
     folder: Path,
     contents: Contents,
     engine: Engine,
-    classifier: ClassParallelClassifier,
+    head: Head,
     world: World,
 ) -> Path:
     """Write a checkpoint; called by all workers together. Returns its folder.
@@ -69,9 +72,11 @@ def save_checkpoint(
     if world.is_first:
         tensors[_EMBEDDER] = dict(engine.embedder.state_dict())
         tensors[_OPTIMIZER] = optimizer_state
-    partition = classifier.partition
+        if shared := head.shared_tensors():
+            tensors[_SHARED] = shared
+    partition = head.partition
     class_file = f"classes-{world.rank:05d}-of-{world.size:05d}.safetensors"
-    tensors[class_file] = classifier.shard_tensors()
+    tensors[class_file] = head.shard_tensors()
 
     try:
         _agree(world, lambda: _start_folder(temporary) if world.is_first else None)
@@ -165,9 +170,9 @@ def load_optimizer_state(checkpoint: Path) -> dict[str, Tensor]:
     return load_file(checkpoint / _OPTIMIZER)
 
 
-def load_classes(checkpoint: Path, manifest: Manifest, classifier: ClassParallelClassifier) -> None:
+def load_head(checkpoint: Path, manifest: Manifest, head: Head) -> None:
     """Fill a worker's classes from whichever files hold them, for any number of workers then or
-    now.
+    now, and what all workers share.
 
     Rows go from the mapped files straight to their places: nothing of the size of the classes is
     held beside them.
@@ -175,13 +180,13 @@ def load_classes(checkpoint: Path, manifest: Manifest, classifier: ClassParallel
     Raises:
         UsageError: if the checkpoint has another number of classes.
     """
-    partition = classifier.partition
+    partition = head.partition
     if manifest.num_classes != partition.num_classes:
         raise UsageError(
             f"checkpoint {checkpoint} has {manifest.num_classes} classes, the data "
             f"{partition.num_classes}; resume with its data set and data.num_classes"
         )
-    own, found = classifier.shard_tensors(), {}
+    own, found = head.shard_tensors(), {}
     for start, stop, name in sorted(manifest.class_files):
         first, last = max(start, partition.start), min(stop, partition.stop)
         if first >= last:
@@ -196,4 +201,6 @@ def load_classes(checkpoint: Path, manifest: Manifest, classifier: ClassParallel
                     own[key][place].copy_(rows[first - start : last - start])
                     found[key] = own[key]
     # What has been filled is copied onto itself; the rest is this function's to place.
-    classifier.load_shard_tensors(found)
+    head.load_shard_tensors(found)
+    if head.shared_tensors():
+        head.load_shared_tensors(load_file(checkpoint / _SHARED))

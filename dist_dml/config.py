@@ -14,7 +14,8 @@ from dist_dml.class_config import ClassesConfig
 from dist_dml.config_types import Count, Fraction, NonNegative, Positive, Section
 from dist_dml.data_config import DataConfig
 from dist_dml.errors import UsageError
-from dist_dml.loss_config import COUPLED_LOSSES, LossConfig
+from dist_dml.loss_config import LossConfig
+from dist_dml.loss_tables import COUPLED_LOSSES
 from dist_dml.metric_parameters import parse_metric
 
 
@@ -216,6 +217,8 @@ class TrackingConfig(Section):
 
     every_steps: Count = 10
     """Steps between two records of loss, rates and times."""
+    diagnostics: bool = True
+    """With each record, entropies, radii and the loss's parts of the batch (docs/pairwise.md)."""
     mlflow: bool = True
     """Mirror the records to MLflow, from a process of its own beside worker 0."""
     mlflow_uri: str = ""
@@ -254,6 +257,13 @@ class Config(Section):
                 f"training.accumulate={self.training.accumulate} cuts the batch, but the rows of "
                 f"loss.name={self.loss.name} depend on each other; set training.accumulate=1"
             )
+        if self.loss.of_pairs:
+            for key, field in ClassesConfig.model_fields.items():
+                if getattr(self.classes, key) != field.default:
+                    raise ValueError(
+                        f"classes.{key}={getattr(self.classes, key)} is about class weights, and "
+                        f"loss.name={self.loss.name} compares pairs and has none; remove it"
+                    )
         if self.training.accumulate > 1 and self.classes.sample != "all":
             raise ValueError(
                 f"classes.sample={self.classes.sample} needs the labels of the whole batch before "

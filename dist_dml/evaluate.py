@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dist_dml.checkpoint import load_classes, load_embedder_tensors
+from dist_dml.checkpoint import load_embedder_tensors, load_head
 from dist_dml.checkpoint_manifest import Manifest, newest_checkpoint, verify_checkpoint
 from dist_dml.command_line import run_command
 from dist_dml.config import Config, ProtocolConfig
@@ -156,7 +156,7 @@ def _load_classifier(
         # Evaluations read the weights by torch operations, whatever trained them.
         classes=config.classes.model_copy(update={"backend": "torch", "filter_below": 0.0}),
     )
-    load_classes(checkpoint, manifest, classifier)
+    load_head(checkpoint, manifest, classifier)
     return classifier
 
 

@@ -17,7 +17,7 @@ from dist_dml.config import Config
 from dist_dml.data.batch_making import Batch
 from dist_dml.engine import engine_name
 from dist_dml.errors import RunError
-from dist_dml.parallel.classifier import ObjectiveOutput
+from dist_dml.parallel.heads import ObjectiveOutput
 from dist_dml.parallel.world import World
 from dist_dml.tracking.live import LiveLine
 from dist_dml.tracking.mirror import Mirror, start_mirror
@@ -125,7 +125,7 @@ class Journal:
             RunError: if a loss is not finite.
         """
         losses = [output.loss for output in self._outputs]
-        corrects = [output.num_correct for output in self._outputs]
+        corrects = [out.num_correct for out in self._outputs if out.num_correct is not None]
         self._steps.append(_Step(progress, rows, losses, corrects))
         self._outputs = []
         self._images += rows
@@ -159,7 +159,10 @@ class Journal:
         if not self._steps:
             return None
         losses = torch.stack([torch.stack(step.losses).sum() for step in self._steps]).tolist()
-        corrects = torch.stack([torch.stack(step.corrects).sum() for step in self._steps]).tolist()
+        corrects = [0.0] * len(losses)
+        if has_accuracy := bool(self._steps[0].corrects):
+            sums = [torch.stack(step.corrects).sum() for step in self._steps]
+            corrects = torch.stack(sums).tolist()
         for step, loss, correct in zip(self._steps, losses, corrects, strict=True):
             if not math.isfinite(loss):
                 raise RunError(
@@ -167,7 +170,8 @@ class Journal:
                     "optimizer.learning_rate or set optimizer.clip_norm, and continue from the "
                     "last checkpoint with --resume auto"
                 )
-            self.record(step.progress, {"train/loss": loss, "train/accuracy": correct / step.rows})
+            accuracy = {"train/accuracy": correct / step.rows} if has_accuracy else {}
+            self.record(step.progress, {"train/loss": loss, **accuracy})
         now = self.training_seconds() - self._seconds_before
         seconds = max(now - self._flushed_seconds, 1e-9)
         wait = self._wait_seconds - self._flushed_wait
@@ -226,7 +230,7 @@ class Journal:
 def _headline(config: Config, run: TrainingRun, world: World) -> str:
     """What is about to run, on one line."""
     parameters = sum(p.numel() for p in run.engine.embedder.parameters())
-    partition = run.classifier.partition
+    partition = run.head.partition
     start = f", from step {run.start.step}" if run.start.step else ""
     return (
         f"{run.folder}: {run.total_steps} steps{start} of {config.data.batch_size} images, "

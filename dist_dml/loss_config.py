@@ -1,7 +1,7 @@
-"""The configuration of the objective: which loss, its parameters, and which keys it reads.
+"""The configuration of the objective: which loss, and its parameters.
 
 A key that the chosen loss does not read is refused instead of being ignored. Parameters that are
-`null` take the loss's own value, listed in `OWN_VALUES` with their sources.
+`null` take the loss's own value, listed in `loss_tables` with their sources.
 """
 
 from __future__ import annotations
@@ -12,61 +12,24 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from dist_dml.errors import UsageError
+from dist_dml.loss_tables import (
+    COMPARISONS,
+    COSINE_LOSSES,
+    OWN_VALUES,
+    PAIR_KEYS,
+    PAIR_LOSSES,
+    PAIR_READS,
+    READS,
+)
 from dist_dml.metric_parameters import MetricParameters
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
-# What each loss reads besides name, similarity, init_std, tile_mebibytes, tile_dtype,
-# class_weights and ignore_index. `scale` and `bias` depend on the similarity.
-_LOGITS = ("scale", "temperature", "bias")
-_COSINES = ("scale", "temperature")
-READS: dict[str, tuple[str, ...]] = {
-    "cross_entropy": (*_LOGITS, "label_smoothing", "smoothing"),
-    "normalised_softmax": (*_COSINES, "label_smoothing", "smoothing"),
-    "balanced_softmax": (*_LOGITS,),
-    "cosface": (*_COSINES, "cosine_margin"),
-    "arcface": (*_COSINES, "angle_margin"),
-    "combined_margin": (*_COSINES, "angle_multiplier", "angle_margin", "cosine_margin"),
-    "sub_centre_arcface": (*_COSINES, "angle_margin", "centres"),
-    "dynamic_arcface": (*_COSINES, "dynamic_margin"),
-    "adaface": (*_COSINES, "angle_margin", "norm_concentration", "norm_momentum"),
-    "l1": (*_LOGITS, "sums"),
-    "l2": (*_LOGITS, "p", "k", "a", "sums"),
-    "binary_cross_entropy": (*_LOGITS,),
-    "proxy_nca": (*_COSINES,),
-    "proxy_anchor": (*_COSINES, "cosine_margin"),
-    "soft_triple": (*_COSINES, "cosine_margin", "centres", "centre_temperature", "centre_spread"),
-}
-# Losses that exist for cosines only.
-COSINE_LOSSES = tuple(name for name, keys in READS.items() if "bias" not in keys)
-# Losses whose rows depend on each other: their batch cannot be cut into micro-batches.
-COUPLED_LOSSES = ("proxy_anchor", "adaface")
-
-# Sources: arcface_torch (s = 64; ArcFace 0.5, CosFace 0.4); sub-centre ArcFace (K = 3); dynamic
-# margins of Google Landmark 2020's third place (a n^-1/4 + b: 0.5, 0.05); the codes of AdaFace,
-# ProxyNCA++ (temperature 1/9), Proxy-Anchor (32, 0.1) and SoftTriple (20, 0.01, K = 10, 0.1, 0.2).
-OWN_VALUES: dict[str, dict[str, Any]] = {
-    "cosface": {"scale": 64.0, "cosine_margin": 0.4},
-    "arcface": {"scale": 64.0, "angle_margin": 0.5},
-    "combined_margin": {
-        "scale": 64.0,
-        "angle_multiplier": 1.0,
-        "angle_margin": 0.3,
-        "cosine_margin": 0.2,
-    },
-    "sub_centre_arcface": {"scale": 64.0, "angle_margin": 0.5, "centres": 3},
-    "dynamic_arcface": {"scale": 64.0},
-    "adaface": {"scale": 64.0, "angle_margin": 0.4},
-    "proxy_nca": {"scale": 9.0},
-    "proxy_anchor": {"scale": 32.0, "cosine_margin": 0.1},
-    "soft_triple": {"scale": 20.0, "cosine_margin": 0.01, "centres": 10},
-}
-
 
 class LossConfig(BaseModel):
-    """The class-parallel objective."""
+    """The objective: class-parallel, or of the pairs of a batch."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=False, use_attribute_docstrings=True
@@ -88,6 +51,15 @@ class LossConfig(BaseModel):
         "proxy_nca",
         "proxy_anchor",
         "soft_triple",
+        "contrastive",
+        "c1",
+        "c2",
+        "triplet",
+        "multi_similarity",
+        "snca",
+        "fastap",
+        "spce",
+        "center",
     ] = "cross_entropy"
     """The loss; docs/losses.md says what each equals and which keys it reads."""
     similarity: Literal["auto", "linear", "cosine"] = "auto"
@@ -132,6 +104,38 @@ class LossConfig(BaseModel):
     """How L1 and L2 find their sums over all classes: by a second sweep, or from power sums of the
     first; `auto` takes powers where they are exact to float32 (p >= 0.85, not in float64).
     """
+    comparison: Literal["l2", "squared_l2", "cosine", "inner"] | None = None
+    """What pairs are compared by; rows are normalised but for `inner`. Null: the loss's own."""
+    positive_margin: NonNegative | None = None
+    """m+: positives nearer than this cost nothing (contrastive, C2)."""
+    negative_margin: NonNegative | None = None
+    """m-: negatives farther than this cost nothing; for cosines, with a smaller one (C1: 0.5)."""
+    power: Literal[1, 2] | None = None
+    """Of the terms of `contrastive`: 2 in paper B, 1 in paper C."""
+    reduction: Literal["anchors", "nonzero"] | None = None
+    """Mean over anchors, or over the terms above zero of the whole batch."""
+    triplet_margin: NonNegative = 0.05
+    """Margin of the triplet loss."""
+    mining: Literal["all", "semihard", "batch_hard", "easy_positive", "easy_positive_semihard"] = (
+        "all"
+    )
+    """Which triplets of an anchor count."""
+    alpha: Positive = 2.0
+    """Factor of positives of multi-similarity."""
+    beta: Positive = 40.0
+    """Factor of negatives of multi-similarity."""
+    base: float = 0.5
+    """Cosine at which pairs of multi-similarity weigh the same."""
+    mining_epsilon: NonNegative | None = None
+    """Slack of multi-similarity's miner (0.1 in its paper); null counts all pairs."""
+    bins: Count = 10
+    """Bins of FastAP's histogram of distances."""
+    memory_size: Annotated[int, Field(ge=0)] = 0
+    """Rows of a cross-batch memory (XBM) that the pairs' losses compare with as well; 0: none."""
+    memory_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps before the memory is filled (paper C: 1000)."""
+    block_mebibytes: Positive = 256.0
+    """Most memory that a block of pairs takes beyond the rows of the batch."""
     class_weights: Literal["none", "inverse", "effective"] = "none"
     """Weight of a row by the training images n of its class: 1 / n, or the effective number
     (1 - b) / (1 - b^n) with b = 0.999 (Cui et al. 2019); the mean over training images is 1.
@@ -156,15 +160,20 @@ class LossConfig(BaseModel):
 
     @model_validator(mode="after")
     def _only_keys_that_are_read(self) -> LossConfig:
-        always = {"name", "similarity", "class_weights", "ignore_index"}
-        always |= {"init_std", "tile_mebibytes", "tile_dtype"}
-        read = always | set(READS[self.name])
+        always, reads = {"name", "ignore_index"}, READS.get(self.name, ())
+        if self.of_pairs:
+            always, reads = always | set(PAIR_KEYS), PAIR_READS[self.name]
+        else:
+            always |= {"similarity", "class_weights", "init_std", "tile_mebibytes", "tile_dtype"}
         for key, field in type(self).model_fields.items():
-            if key not in read and getattr(self, key) != field.default:
+            if key not in always | set(reads) and getattr(self, key) != field.default:
                 raise ValueError(
                     f"loss.{key}={getattr(self, key)} is not read by loss.name={self.name}, which "
-                    f"reads {', '.join(READS[self.name])}; remove it or choose another loss"
+                    f"reads {', '.join(reads or sorted(always))}; remove it or choose another loss"
                 )
+        if self.of_pairs:
+            self._check_pairs()
+            return self
         if self.similarity == "linear" and self.name in COSINE_LOSSES:
             raise ValueError(
                 f"loss.similarity=linear does not fit loss.name={self.name}, which is made of "
@@ -206,6 +215,28 @@ class LossConfig(BaseModel):
                 "p = 0.85; use auto or sweep"
             )
         return self
+
+    def _check_pairs(self) -> None:
+        if self.comparison and self.comparison not in COMPARISONS[self.name]:
+            raise ValueError(
+                f"loss.comparison={self.comparison} does not fit loss.name={self.name}, which "
+                f"compares by {', '.join(COMPARISONS[self.name])}"
+            )
+        if self.scale is not None and self.temperature is not None:
+            raise ValueError(
+                f"loss.scale={self.scale:g} and loss.temperature={self.temperature:g} say the same "
+                "thing; set one of them"
+            )
+        if self.memory_warmup_steps and not self.memory_size:
+            raise ValueError(
+                f"loss.memory_warmup_steps={self.memory_warmup_steps} waits for a memory, and "
+                "loss.memory_size=0 has none; set the size or remove the steps"
+            )
+
+    @property
+    def of_pairs(self) -> bool:
+        """Whether the loss is one of pairs, without class weights."""
+        return self.name in PAIR_LOSSES
 
     @property
     def uses_cosine(self) -> bool:

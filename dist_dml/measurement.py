@@ -248,9 +248,22 @@ def check_evaluation(
         raise UsageError(
             f"evaluation.distances={list(evaluation.distances)} names one twice; remove one"
         )
+    if config.loss.of_pairs:
+        _check_without_classes(config, distances)
     if any(distance.space == "log_probability" for distance in distances):
         _check_memory(images, num_classes, num_local_workers)
     _check_best_metric(config, [distance.name for distance in distances])
+
+
+def _check_without_classes(config: Config, distances: list[Distance]) -> None:
+    asked = [f"distance {one.name}" for one in distances if one.space != "embedding"]
+    asked += [f"certificate {text}" for text in config.evaluation.certificates]
+    if asked:
+        raise UsageError(
+            f"the evaluation asks for {', '.join(asked)}, made of class probabilities, and "
+            f"loss.name={config.loss.name} has none; remove it from evaluation.distances or "
+            "evaluation.certificates"
+        )
 
 
 def _check_memory(images: int, num_classes: int, num_local_workers: int) -> None:

@@ -12,8 +12,8 @@ from dist_dml.config import Config
 from dist_dml.errors import UsageError
 from dist_dml.parallel.class_optim import class_step, state_bytes, weight_dtype
 from dist_dml.parallel.class_partition import ClassPartition
-from dist_dml.parallel.classifier import ClassParallelClassifier
 from dist_dml.parallel.collectives import gather_objects
+from dist_dml.parallel.heads import Head
 from dist_dml.parallel.world import World
 
 
@@ -27,23 +27,52 @@ def check_memory(
     Raises:
         UsageError: with what is needed, what there is, and which keys change it.
     """
+    if config.loss.of_pairs:
+        needed, text = _pair_bytes(config, embedding_dim)
+    else:
+        needed, text = _class_bytes(config, embedding_dim, partition)
+    free, sharers = _free_bytes(world)
+    short = free < sharers * needed
+    text = (
+        f"worker {world.rank} needs {_gibibytes(needed)} for {text[0]}, and {sharers} worker(s) "
+        f"share {_gibibytes(free)} of free memory; {text[1]}"
+    )
+    for found in gather_objects(text if short else None, world.group):
+        if found is not None:
+            raise UsageError(found)
+
+
+def _class_bytes(
+    config: Config, embedding_dim: int, partition: ClassPartition
+) -> tuple[int, tuple[str, str]]:
+    """What a worker's classes take, what for in words, and what takes less."""
     rows = partition.size * config.loss.num_centres
     weights = rows * embedding_dim * weight_dtype(config.classes).itemsize
     rule = class_step(config.optimizer, config.classes)
     state = state_bytes(rule, config.classes, rows, embedding_dim)
     tiles = int(config.loss.tile_mebibytes * 2**20)
-    free, sharers = _free_bytes(world)
-    short = free < sharers * (weights + state + tiles)
     text = (
-        f"worker {world.rank} needs {_gibibytes(weights + state + tiles)} for its {partition.size} "
-        f"classes (weights {_gibibytes(weights)}, optimizer state {_gibibytes(state)}, tiles "
-        f"{_gibibytes(tiles)}), and {sharers} worker(s) share {_gibibytes(free)} of free memory; "
+        f"its {partition.size} classes (weights {_gibibytes(weights)}, optimizer state "
+        f"{_gibibytes(state)}, tiles {_gibibytes(tiles)})"
+    )
+    remedy = (
         "use more workers, classes.weight_dtype=bfloat16, classes.state_dtype=bfloat16, or lower "
         "model.embedding_dim or loss.tile_mebibytes"
     )
-    for found in gather_objects(text if short else None, world.group):
-        if found is not None:
-            raise UsageError(found)
+    return weights + state + tiles, (text, remedy)
+
+
+def _pair_bytes(config: Config, embedding_dim: int) -> tuple[int, tuple[str, str]]:
+    """What a worker's pairs take: the gathered rows and their gradients, the memory, a block."""
+    memory = config.loss.memory_size * (4 * embedding_dim + 8)
+    rows = 4 * 4 * config.data.batch_size * embedding_dim
+    block = int(config.loss.block_mebibytes * 2**20)
+    text = (
+        f"the pairs of a batch (rows {_gibibytes(rows)}, memory {_gibibytes(memory)}, block "
+        f"{_gibibytes(block)})"
+    )
+    remedy = "lower loss.memory_size, loss.block_mebibytes or data.batch_size"
+    return memory + rows + block, (text, remedy)
 
 
 def _free_bytes(world: World) -> tuple[int, int]:
@@ -63,7 +92,7 @@ def check_disk(
     config: Config,
     folder: Path,
     embedder: nn.Module,
-    classifier: ClassParallelClassifier,
+    head: Head,
     world: World,
 ) -> None:
     """Refuse a run whose checkpoints cannot fit: those kept, the best, and the one being written.
@@ -74,8 +103,9 @@ def check_disk(
         UsageError: with what is needed and what there is.
     """
     states = 1 if config.optimizer.name == "sgd" else 2
-    own = sum(_bytes(tensor) for tensor in classifier.shard_tensors().values())
+    own = sum(_bytes(tensor) for tensor in head.shard_tensors().values())
     one = sum(gather_objects(own, world.group))
+    one += sum(_bytes(tensor) for tensor in head.shared_tensors().values())
     one += (1 + states) * sum(_bytes(tensor) for tensor in embedder.state_dict().values())
     needed = one * (config.checkpoint.keep_last + 2)
     own_view = shutil.disk_usage(folder).free if world.is_first else 0

@@ -39,9 +39,11 @@ from dist_dml.evaluate import tables, write_certificates, write_gallery
 from dist_dml.journal import Journal
 from dist_dml.keyed_random import key_of, row_keys
 from dist_dml.measurement import Model, embed_with, measure_model
-from dist_dml.parallel.classifier import ClassParallelClassifier, ObjectiveOutput
+from dist_dml.parallel.classifier import ClassParallelClassifier
+from dist_dml.parallel.heads import Head, ObjectiveOutput
 from dist_dml.parallel.world import World
 from dist_dml.schedule import learning_rate_factor
+from dist_dml.training_diagnosis import TrainingDiagnosis
 from dist_dml.training_run import TrainingRun, prepare, starting_loss_warning
 
 
@@ -50,7 +52,7 @@ def train(resolved: Resolved, world: World, arguments: argparse.Namespace) -> No
     config = resolved.config
     run = prepare(config, world)
     journal = Journal(config, run, world)
-    warning = starting_loss_warning(config, run.classifier.partition.num_classes)
+    warning = starting_loss_warning(config, run.head.partition.num_classes)
     if warning:
         journal.say(warning)
     if run.start.step >= run.total_steps:
@@ -63,13 +65,13 @@ def train(resolved: Resolved, world: World, arguments: argparse.Namespace) -> No
         journal.fail("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
     finally:
-        run.classifier.close()
+        run.head.close()
     journal.finish(config, run)
 
 
 def loop(config: Config, run: TrainingRun, world: World, journal: Journal) -> None:
     """The training loop. One iteration is one micro-batch; a step ends with a batch's last one."""
-    engine, classifier, plan = run.engine, run.classifier, run.plan
+    engine, head, plan = run.engine, run.head, run.plan
     progress = run.start
     ignored = config.loss.ignore_index
     damage = Damage(run.index, plan.sample_ids, config.data, config.run.seed, ignored)
@@ -85,6 +87,7 @@ def loop(config: Config, run: TrainingRun, world: World, journal: Journal) -> No
         run.total_steps,
         damage,
     )
+    diagnosis = TrainingDiagnosis(head, world, ignored, config.tracking.diagnostics)
     engine.embedder.train()
     journal.begin(progress)
     for batch in journal.timed(batches):
@@ -95,7 +98,9 @@ def loop(config: Config, run: TrainingRun, world: World, journal: Journal) -> No
         last = batch.micro == config.training.accumulate - 1
         factor = learning_rate_factor(batch.step, run.total_steps, config.schedule)
         batch_rows = plan.num_rows(batch.step)
-        output = train_step(batch, engine, classifier, batch_rows, factor, last, config.run.seed)
+        output = train_step(
+            batch, engine, head, batch_rows, factor, last, config.run.seed, diagnosis
+        )
         journal.add(output)
         if not last:
             continue
@@ -113,7 +118,7 @@ def loop(config: Config, run: TrainingRun, world: World, journal: Journal) -> No
             epoch,
             factor,
             batch_rows,
-            lambda: classifier.report() | report.metrics(),
+            lambda: head.report() | report.metrics() | diagnosis.metrics(),
         )
 
         is_best = False
@@ -139,13 +144,14 @@ def loop(config: Config, run: TrainingRun, world: World, journal: Journal) -> No
 def train_step(
     batch: Batch,
     engine: Engine,
-    classifier: ClassParallelClassifier,
+    head: Head,
     batch_rows: int,
     factor: float,
     last: bool,
     seed: int,
+    diagnosis: TrainingDiagnosis,
 ) -> ObjectiveOutput:
-    """One micro-batch: embeddings, exact loss over all classes, gradients, and at the end updates.
+    """One micro-batch: embeddings, exact loss over classes or pairs, gradients, updates at the end.
 
     Nothing in here waits for the device.
 
@@ -155,17 +161,21 @@ def train_step(
         factor: the schedule's factor of the learning rate.
         last: whether the batch is complete with this micro-batch.
         seed: `run.seed`.
+        diagnosis: is shown the embeddings.
     """
-    device = classifier.weight.device
+    device = head.device
     images = batch.images_on(device)
     labels = batch.labels.to(device, non_blocking=True)
     positions = batch.positions.to(device, non_blocking=True)
     # Dropout is keyed by step and position in the batch, not by worker.
     keys = row_keys(key_of(seed, "dropout", batch.step), positions)
     embeddings = engine(images, keys, last)
-    output = classifier(embeddings, labels, batch.row_counts, batch_rows, factor=factor, last=last)
+    diagnosis.note(embeddings, labels, batch.row_counts)
+    output = head(embeddings, labels, batch.row_counts, batch_rows, factor=factor, last=last)
     engine.backward(output.loss)
     engine.step(factor)
+    if last:
+        head.step_done()
     return ObjectiveOutput(output.loss.detach(), output.num_correct)
 
 
@@ -179,7 +189,8 @@ def evaluate(
 ) -> dict[str, float]:
     """All retrieval scores, recorded; at the end of the run also NMI, the gallery and the table."""
     embedder = run.engine.embedder.eval()
-    model = Model(embed_with(embedder, config, world), run.classifier)
+    classifier = run.head if isinstance(run.head, ClassParallelClassifier) else None
+    model = Model(embed_with(embedder, config, world), classifier)
     nmi = config.evaluation.nmi and ends_run
     started = time.perf_counter()
     measured = measure_model(model, run.index, config, world, nmi)
@@ -222,7 +233,7 @@ def save(config: Config, run: TrainingRun, world: World, progress: Progress) -> 
             )
     contents = Contents(progress, run.plan_facts, to_yaml(config), config_hash(config))
     folder = run.folder / "checkpoints"
-    save_checkpoint(folder, contents, run.engine, run.classifier, world)
+    save_checkpoint(folder, contents, run.engine, run.head, world)
     if world.is_first:
         prune_checkpoints(folder, config.checkpoint.keep_last, progress.best_step)
 

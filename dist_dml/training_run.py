@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jaxtyping import Int
+from torch import Tensor
 
 from dist_dml.agreement import check_agreement, epoch_facts
-from dist_dml.checkpoint import load_classes, load_embedder_tensors, load_optimizer_state
+from dist_dml.checkpoint import load_embedder_tensors, load_head, load_optimizer_state
 from dist_dml.checkpoint_manifest import Manifest, Progress, newest_checkpoint, verify_checkpoint
 from dist_dml.config import Config
 from dist_dml.config_loading import config_hash, to_yaml
@@ -27,11 +29,15 @@ from dist_dml.models.embedder import Embedder, build_embedder
 from dist_dml.parallel.class_partition import ClassPartition
 from dist_dml.parallel.classifier import ClassParallelClassifier
 from dist_dml.parallel.collectives import gather_objects
+from dist_dml.parallel.heads import Head
+from dist_dml.parallel.pair_head import PairHead
 from dist_dml.parallel.world import World
 from dist_dml.resources import check_disk, check_memory
 
 # A start this many times above that of p = 1 is worth a word.
 _FAR_ABOVE = 5.0
+# Other rows of its class that a row should meet in a batch, on average.
+_FEWEST_PARTNERS = 0.5
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class TrainingRun:
     plan: Plan
     total_steps: int
     engine: Engine
-    classifier: ClassParallelClassifier
+    head: Head
     start: Progress
     plan_facts: dict[str, Any]
 
@@ -83,21 +89,56 @@ def prepare(config: Config, world: World) -> TrainingRun:
         raise found
     embedder = build_embedder(config.model, config.data.image, config.run.seed, world.group)
     check_memory(config, embedder.embedding_dim, partition, world)
-    classifier = ClassParallelClassifier(
-        embedder.embedding_dim,
+    head = _build_head(config, embedder.embedding_dim, partition, plan, index, world)
+    start, engine = _restore(config, world, embedder, head, facts, found)
+    check_disk(config, folder, embedder, head, world)
+    return TrainingRun(folder, index, plan, total_steps, engine, head, start, facts)
+
+
+def _build_head(
+    config: Config,
+    embedding_dim: int,
+    partition: ClassPartition,
+    plan: Plan,
+    index: Index,
+    world: World,
+) -> Head:
+    counts = index.class_counts(config.data.split, partition.num_classes)
+    if config.loss.of_pairs:
+        _check_partners(config, counts)
+        return PairHead(config.loss, embedding_dim, partition, plan.max_micro_rows, world.device)
+    return ClassParallelClassifier(
+        embedding_dim,
         partition,
         config.loss,
         config.optimizer,
         config.run.seed,
         max_rows=plan.max_micro_rows,
         device=world.device,
-        class_counts=index.class_counts(config.data.split, num_classes),
+        class_counts=counts,
         classes=config.classes,
         micro_batches=config.training.accumulate,
     )
-    start, engine = _restore(config, world, embedder, classifier, facts, found)
-    check_disk(config, folder, embedder, classifier, world)
-    return TrainingRun(folder, index, plan, total_steps, engine, classifier, start, facts)
+
+
+def _check_partners(config: Config, class_counts: Int[Tensor, " C"]) -> None:
+    """Refuse batches in which hardly any row has another one of its class: they teach nothing.
+
+    Raises:
+        UsageError: with the number of partners to expect.
+    """
+    if config.data.order == "balanced":
+        return
+    counts = class_counts.double()
+    images = float(counts.sum())
+    alike = float((counts * (counts - 1)).sum()) / max(images * (images - 1), 1.0)
+    partners = alike * (config.data.batch_size - 1 + config.loss.memory_size)
+    if partners < _FEWEST_PARTNERS:
+        raise UsageError(
+            f"loss.name={config.loss.name} needs rows of the same class in a batch, and with "
+            f"data.order={config.data.order} a row of {config.data.batch_size} has {partners:.2g} "
+            "on average; set data.order=balanced"
+        )
 
 
 def _plan(config: Config, index: Index) -> tuple[Plan, dict[str, Any]]:
@@ -156,7 +197,7 @@ def _restore(
     config: Config,
     world: World,
     embedder: Embedder,
-    classifier: ClassParallelClassifier,
+    head: Head,
     facts: dict[str, Any],
     found: tuple[Path, Manifest] | None,
 ) -> tuple[Progress, Engine]:
@@ -174,7 +215,7 @@ def _restore(
             f"checkpoint {path} does not fit the model ({detail}); resume with the `model` "
             "section of its config.yaml"
         ) from None
-    load_classes(path, manifest, classifier)
+    load_head(path, manifest, head)
     engine = build_engine(config, embedder.to(world.device), world)
     engine.load_optimizer_tensors(load_optimizer_state(path))
     return progress, engine
@@ -232,6 +273,8 @@ def _check_state(path: Path, config: Config) -> None:
         ) from None
     for what, before, now in (
         ("cosine similarity", theirs.uses_cosine, config.loss.uses_cosine),
+        ("a loss of pairs", theirs.of_pairs, config.loss.of_pairs),
+        ("loss.memory_size", theirs.memory_size, config.loss.memory_size),
         ("loss.centres", theirs.num_centres, config.loss.num_centres),
         ("loss.name=adaface", theirs.name == "adaface", config.loss.name == "adaface"),
     ):

@@ -19,8 +19,8 @@ from worker_group import run_workers
 
 from dist_dml.checkpoint import (
     Contents,
-    load_classes,
     load_embedder_tensors,
+    load_head,
     load_optimizer_state,
     save_checkpoint,
 )
@@ -117,7 +117,7 @@ def trainee(
     classifier = ClassParallelClassifier(6, partition, config.loss, config.optimizer, 0, R)
     if checkpoint is not None:
         embedder.load_state_dict(load_embedder_tensors(checkpoint))
-        load_classes(checkpoint, verify_checkpoint(checkpoint), classifier)
+        load_head(checkpoint, verify_checkpoint(checkpoint), classifier)
     engine = build_engine(config, embedder, world)
     if checkpoint is not None:
         engine.load_optimizer_tensors(load_optimizer_state(checkpoint))

@@ -15,7 +15,7 @@ from torch import Tensor
 from dist_dml.config import LossConfig, OptimizerConfig
 from dist_dml.config_loading import resolve
 from dist_dml.engine import TorchEngine
-from dist_dml.loss_config import READS
+from dist_dml.loss_tables import READS
 from dist_dml.models.embedder import build_embedder
 from dist_dml.parallel.class_partition import ClassPartition
 from dist_dml.parallel.classifier import ClassParallelClassifier

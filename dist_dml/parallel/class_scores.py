@@ -74,6 +74,27 @@ def label_distances(
 
 
 @torch.no_grad()
+def label_parts(
+    rows: Float[Tensor, "n D"], labels: Int[Tensor, " n"], problem: ClassParallelProblem
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Means of -z_y and log sum_k exp(z_k): the parts of cross-entropy (paper B, Table 2).
+
+    Costs 2*n*c*K*D operations, one sweep.
+    """
+    counter = plain_loss(problem, CrossEntropy(problem.partition.num_classes))
+    problem = replace(problem, loss=counter)
+    tightness, contrastive = rows.new_zeros(()), rows.new_zeros(())
+    for block, sized in _row_blocks(rows, problem):
+        statistics, _ = row_statistics(rows[block], labels[block], sized)
+        assert isinstance(sized.loss, RowLoss)
+        label = sized.loss.label_and_rival(statistics)[0]
+        tightness -= label.sum()
+        contrastive += (sized.loss.values(statistics) + label).sum()
+    count = max(len(rows), 1)
+    return tightness / count, contrastive / count
+
+
+@torch.no_grad()
 def log_probabilities(
     rows: Float[Tensor, "n D"], problem: ClassParallelProblem
 ) -> Float[Tensor, "n C"]:

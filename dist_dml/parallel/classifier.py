@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,24 +24,16 @@ from dist_dml.parallel.class_optim import ClassOptimizer, weight_dtype
 from dist_dml.parallel.class_parallel import class_parallel_loss
 from dist_dml.parallel.class_partition import ClassPartition
 from dist_dml.parallel.class_problem import ClassParallelProblem, StepMemory
+from dist_dml.parallel.class_scores import label_parts
 from dist_dml.parallel.class_sweeps import GradientTarget
 from dist_dml.parallel.collectives import PendingGather, gather_uneven, scale_gradient
 from dist_dml.parallel.cost import SweepPlan
+from dist_dml.parallel.heads import ObjectiveOutput
 from dist_dml.parallel.participants import Participants
 from dist_dml.parallel.sampling import ActiveClasses, check_sampling
 from dist_dml.parallel.sweep_torch import ClassShard
 
 _DEFAULT_CLASSES = ClassesConfig()
-
-
-class ObjectiveOutput(NamedTuple):
-    """What one call of an objective gives: the same on every worker."""
-
-    loss: Float[Tensor, ""]
-    """Sum of the rows' losses over the rows of the *whole* batch, micro-batches included: adding up
-    a batch's micro-batches gives its mean."""
-    num_correct: Int[Tensor, ""]
-    """Rows whose label has the largest logit."""
 
 
 class ClassParallelClassifier(nn.Module):
@@ -133,6 +124,11 @@ class ClassParallelClassifier(nn.Module):
         # Without in-place updates, backward sweeps overwrite the gradient in a batch's first
         # micro-batch and add later, so no pass is spent on zeroing.
         self._gradient_is_stale = True
+
+    @property
+    def device(self) -> torch.device:
+        """Where the class weights lie."""
+        return self.weight.device
 
     @property
     def scale(self) -> float | None:
@@ -330,6 +326,24 @@ class ClassParallelClassifier(nn.Module):
             found["class/filtered_share"] = float(self.memory.filtered_classes) / size
             found["class/filtered_mass"] = float(self.memory.filtered_mass)
         return found
+
+    def step_done(self) -> None:
+        """See `Head`: classes are updated in the backward."""
+
+    def shared_tensors(self) -> dict[str, Tensor]:
+        """See `Head`: all state is of classes, or small."""
+        return {}
+
+    def load_shared_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """See `Head`."""
+        assert not tensors, f"a classifier shares no state, got {', '.join(tensors)}"
+
+    def parts(
+        self, rows: Float[Tensor, "n D"], labels: Int[Tensor, " n"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]] | None:
+        """See `Head`: of the cross-entropy of the class logits, whatever the loss makes of them."""
+        known = labels != self.config.ignore_index
+        return label_parts(self.rows_for_scores(rows[known]), labels[known], self.problem())
 
     def close(self) -> None:
         """End the thread that rebuilds an index of class weights, if there is one."""

@@ -11,7 +11,8 @@ from live_bytes import LiveBytes
 
 from dist_dml.class_config import ClassesConfig
 from dist_dml.config import OptimizerConfig
-from dist_dml.loss_config import READS, LossConfig
+from dist_dml.loss_config import LossConfig
+from dist_dml.loss_tables import READS
 from dist_dml.parallel.class_partition import ClassPartition
 from dist_dml.parallel.classifier import ClassParallelClassifier
 

@@ -12,7 +12,8 @@ from tiled_losses import in_tiles
 from torch import Tensor
 
 from dist_dml.config import OptimizerConfig
-from dist_dml.loss_config import COSINE_LOSSES, READS, LossConfig
+from dist_dml.loss_config import LossConfig
+from dist_dml.loss_tables import COSINE_LOSSES, READS
 from dist_dml.losses.binary import BinaryCrossEntropy
 from dist_dml.losses.cross_entropy import CrossEntropy
 from dist_dml.losses.metric_softmax import MetricSoftmax

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from dist_dml.config import Config, OptimizerConfig
 from dist_dml.errors import UsageError
-from dist_dml.loss_config import READS, LossConfig
+from dist_dml.loss_config import LossConfig
+from dist_dml.loss_tables import READS
 from dist_dml.losses.objectives import build_objective
 from dist_dml.parallel.class_partition import ClassPartition
 from dist_dml.parallel.classifier import ClassParallelClassifier

@@ -15,7 +15,8 @@ from worker_group import run_workers
 
 from dist_dml.class_config import ClassesConfig
 from dist_dml.errors import UsageError
-from dist_dml.loss_config import READS, LossConfig
+from dist_dml.loss_config import LossConfig
+from dist_dml.loss_tables import READS
 from dist_dml.parallel.class_partition import ClassPartition
 from dist_dml.parallel.sampling import (
     ActiveClasses,
