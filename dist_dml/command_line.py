@@ -19,6 +19,17 @@ class CommandParser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see `{self.prog} --help`")
 
 
+def add_config_option(parser: argparse.ArgumentParser) -> None:
+    """`--config FILE[:VARIANT]`, as often as wanted; `arguments.config` is a list for `resolve`."""
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="FILE[:VARIANT]",
+        help="YAML file, or a variant of one; given again, the later one overrides",
+    )
+
+
 @runtime_checkable
 class Command(Protocol):
     """A command that is no module of its own; its docstring is its help."""

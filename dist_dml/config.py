@@ -17,6 +17,7 @@ from dist_dml.errors import UsageError
 from dist_dml.loss_config import LossConfig
 from dist_dml.loss_tables import COUPLED_LOSSES
 from dist_dml.metric_parameters import parse_metric
+from dist_dml.proxy_config import ProxyConfig, proxy_refusal
 
 
 class RunConfig(Section):
@@ -236,6 +237,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
+    proxies: ProxyConfig = ProxyConfig()
     classes: ClassesConfig = ClassesConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -247,6 +249,14 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:
+        if refusal := proxy_refusal(
+            self.proxies,
+            self.loss,
+            self.checkpoint.best_metric,
+            self.training.accumulate,
+            self.engine.name,
+        ):
+            raise ValueError(refusal)
         if self.training.accumulate > self.data.batch_size:
             raise ValueError(
                 f"training.accumulate={self.training.accumulate} exceeds "

@@ -7,6 +7,7 @@ import json
 
 import yaml
 
+from dist_dml.command_line import add_config_option
 from dist_dml.config import Config
 from dist_dml.config_loading import config_hash, differences, resolve
 
@@ -15,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the three forms of the command."""
     forms = parser.add_subparsers(dest="form", required=True)
     show = forms.add_parser("show", help="the resolved configuration with the origin of each value")
-    show.add_argument("--config", default="", help="YAML file")
+    add_config_option(show)
     show.add_argument("--changed", action="store_true", help="only what is not a default")
     show.add_argument("overrides", nargs="*", metavar="section.key=value")
     diff = forms.add_parser("diff", help="the keys in which two configurations differ")

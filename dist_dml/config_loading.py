@@ -1,4 +1,15 @@
-"""Defaults <- YAML <- `section.key=value`: one resolved configuration and each value's origin."""
+"""Defaults <- YAML files <- `section.key=value`: one configuration and each value's origin.
+
+A file may hold variants of itself, mappings of the same form under names of their own:
+
+    data: {path: datasets/cub}
+    variants:
+      c1: {loss: {name: c1}}
+      c2: {loss: {name: c2, negative_margin: 0.3841}}
+
+`FILE` is what stands outside `variants`, `FILE:c2` that with the variant merged into it key by key.
+Of several files each later one is merged into those before in the same way.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +31,8 @@ from dist_dml.errors import UsageError
 # Keys that say where a run lives, not what it computes: they are left out of the hash.
 _PLACE_KEYS = ("run.name", "run.root", "run.resume")
 
+
+VARIANTS = "variants"
 
 _FLOAT = re.compile(r"^[-+]?([0-9][0-9_]*)(\.[0-9_]*)?[eE][-+]?[0-9]+$")
 _BOOLEAN = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
@@ -59,22 +72,31 @@ for _kind in (_Loader, _Dumper):
 
 @dataclass(frozen=True)
 class Resolved:
-    """A configuration, and each dotted key's origin: `default`, a file's name or `argument`."""
+    """A configuration, and each dotted key's origin.
+
+    An origin is `default`, a file's name, `FILE:VARIANT` or `argument`.
+    """
 
     config: Config
     origins: Mapping[str, str]
 
 
-def resolve(path: str | Path | None, overrides: Sequence[str]) -> Resolved:
-    """The configuration of `--config path key=value ...`.
+def resolve(path: str | Path | Sequence[str | Path] | None, overrides: Sequence[str]) -> Resolved:
+    """The configuration of `--config A --config B:VARIANT key=value ...`.
+
+    Args:
+        path: a file, `FILE:VARIANT`, several of these (later ones override), or nothing.
+        overrides: `section.key=value`, after all files.
 
     Raises:
         UsageError: one line naming the key, what was given, what is expected, and near names.
     """
     origins = {key: "default" for key, _ in flatten(Config().model_dump())}
     tree: dict[str, Any] = {}
-    if path:
-        _merge(tree, _read_yaml(Path(path)), "", origins, Path(path).name)
+    for given in [path] if isinstance(path, (str, Path)) else path or ():
+        if str(given):
+            for layer, origin in _layers(str(given)):
+                _merge(tree, layer, "", origins, origin)
     for text in overrides:
         key, separator, value = text.partition("=")
         if not separator or not key.strip("-"):
@@ -88,6 +110,38 @@ def resolve(path: str | Path | None, overrides: Sequence[str]) -> Resolved:
             nested = {part: nested}
         _merge(tree, nested, "", origins, "argument")
     return Resolved(_validate(tree), origins)
+
+
+def _layers(given: str) -> Iterator[tuple[dict[Any, Any], str]]:
+    """What a file says outside its variants, then the one that is asked for, with their origins."""
+    path, variant = Path(given), ""
+    # A file whose name has a colon is still a file.
+    if ":" in given and not path.is_file():
+        file, _, variant = given.rpartition(":")
+        path = Path(file)
+        if not variant:
+            raise UsageError(f"--config {given} names no variant; give {file} or {file}:NAME")
+    tree = _read_yaml(path)
+    variants = tree.pop(VARIANTS, None) or {}
+    if not isinstance(variants, dict):
+        kind = type(variants).__name__
+        raise UsageError(f"{path}: variants holds a {kind}; expected a name with sections for each")
+    yield tree, path.name
+    if variant:
+        yield _variant(variants, variant, path), f"{path.name}:{variant}"
+
+
+def _variant(variants: Mapping[Any, Any], name: str, path: Path) -> dict[Any, Any]:
+    known = [str(key) for key in variants]
+    if name not in variants:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {path}:{near[0]}? It has {', '.join(known)}" if near else ""
+        hint = hint or (f"it has {', '.join(known)}" if known else "it has none")
+        raise UsageError(f"--config {path}:{name}: the file has no variant {name!r}; {hint}")
+    tree = variants[name]
+    if tree is not None and not isinstance(tree, dict):
+        raise UsageError(f"{path}: variant {name} is {tree!r}; expected sections such as `loss:`")
+    return tree or {}
 
 
 def _read_yaml(path: Path) -> dict[Any, Any]:

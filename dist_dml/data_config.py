@@ -113,6 +113,11 @@ class DataConfig(Section):
     """
     split: str = "train"
     """Split to train on."""
+    folds: Annotated[int, Field(ge=0)] = 0
+    """Class-disjoint folds of the training classes, 2 or more; 0 trains on all classes. With folds,
+    a fold's own share of the classes is the split `validation`; see docs/protocol.md."""
+    fold: Annotated[int, Field(ge=0)] = 0
+    """Which of the folds this run trains, 0..folds-1."""
     num_classes: Annotated[int, Field(ge=0)] = 0
     """Classes of the classifier; 0 takes the number of training classes in the catalogue."""
     batch_size: Count = 128
@@ -122,8 +127,8 @@ class DataConfig(Section):
     order: Literal["shuffled", "sequential", "balanced"] = "shuffled"
     """`shuffled`: a new permutation each epoch. `sequential`: by index. `balanced`: each batch
     holds `batch_size / samples_per_class` classes with `samples_per_class` images each (P x K)."""
-    samples_per_class: Annotated[int, Field(ge=2)] = 4
-    """K of `order=balanced`; divides `batch_size`."""
+    samples_per_class: Annotated[int, Field(ge=1)] = 4
+    """K of `order=balanced`; divides `batch_size`. 1 is for proxies; losses of pairs need 2."""
     repeat_below: Fraction = 0.0
     """With `order=shuffled`: images of a class with a share f of the samples below this t are
     repeated sqrt(t / f) times an epoch; in a mixture, shares within each data set. 0: every sample
@@ -174,5 +179,19 @@ class DataConfig(Section):
             raise ValueError(
                 f"data.repeat_below={self.repeat_below} needs data.order=shuffled and "
                 "data.locality=global"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _folds_agree(self) -> DataConfig:
+        if self.folds == 1:
+            raise ValueError("data.folds=1 would leave no class to train on; give 2 or more, or 0")
+        if self.fold >= max(self.folds, 1):
+            wanted = f"0..{self.folds - 1}" if self.folds else "0 while data.folds=0"
+            raise ValueError(f"data.fold={self.fold} with data.folds={self.folds}; give {wanted}")
+        if self.folds and self.mixture:
+            raise ValueError(
+                f"data.folds={self.folds} with data.mixture: folds divide the classes of one data "
+                "set; leave one of the two out"
             )
         return self

@@ -9,6 +9,7 @@ import argparse
 import traceback
 from collections.abc import Callable, Sequence
 
+from dist_dml.command_line import add_config_option
 from dist_dml.config_loading import Resolved, resolve
 from dist_dml.errors import RunError, UsageError, print_failure
 from dist_dml.parallel.world import World, environment_ranks, start_world, stop_world
@@ -21,7 +22,7 @@ _LOST_PEER = ("Connection closed", "Connection reset", "Broken pipe", "Timed out
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """`--config FILE section.key=value ...`, and what launchers append."""
-    parser.add_argument("--config", default="", help="YAML file")
+    add_config_option(parser)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     # The deepspeed launcher appends it; ranks come from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)

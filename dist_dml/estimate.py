@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from dist_dml.command_line import add_config_option
 from dist_dml.config import Config
 from dist_dml.config_loading import resolve
 from dist_dml.errors import UsageError
@@ -45,7 +46,7 @@ NOT_MEASURED = "calculated, not measured"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `dist-dml estimate`."""
-    parser.add_argument("--config", default="", help="YAML file")
+    add_config_option(parser)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     parser.add_argument("--workers", type=int, default=1, help="GPUs or processes (default 1)")
     machines = ", ".join((*DECLARED, "measured"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def check_memory(
         UsageError: with what is needed, what there is, and which keys change it.
     """
     if config.loss.of_pairs:
-        needed, text = _pair_bytes(config, embedding_dim)
+        needed, text = _pair_bytes(config, embedding_dim, partition)
     else:
         needed, text = _class_bytes(config, embedding_dim, partition)
     free, sharers = _free_bytes(world)
@@ -62,17 +63,31 @@ def _class_bytes(
     return weights + state + tiles, (text, remedy)
 
 
-def _pair_bytes(config: Config, embedding_dim: int) -> tuple[int, tuple[str, str]]:
-    """What a worker's pairs take: the gathered rows and their gradients, the memory, a block."""
+def _pair_bytes(
+    config: Config, embedding_dim: int, partition: ClassPartition
+) -> tuple[int, tuple[str, str]]:
+    """What a worker's pairs take: the gathered rows and their gradients, the memory or the proxies
+    of its classes, a block."""
     memory = config.loss.memory_size * (4 * embedding_dim + 8)
     rows = 4 * 4 * config.data.batch_size * embedding_dim
     block = int(config.loss.block_mebibytes * 2**20)
+    proxies, given = 0, config.proxies
+    if given.per_class:
+        # The proxies, their best twice, gradient and its sum, two moments; the pool, and the bank.
+        enough = given.pool_size >= given.per_class
+        places = given.pool_size * (1 if enough else given.per_class)
+        of_class = 7 * given.per_class + places * (2 if given.pool == "bank" else 1)
+        proxies = 4 * partition.size * embedding_dim * of_class
     text = (
-        f"the pairs of a batch (rows {_gibibytes(rows)}, memory {_gibibytes(memory)}, block "
-        f"{_gibibytes(block)})"
+        f"the pairs of a batch (rows {_gibibytes(rows)}, memory {_gibibytes(memory)}, proxies "
+        f"{_gibibytes(proxies)}, block {_gibibytes(block)})"
     )
-    remedy = "lower loss.memory_size, loss.block_mebibytes or data.batch_size"
-    return memory + rows + block, (text, remedy)
+    remedy = (
+        "lower proxies.per_class or proxies.pool_size, loss.block_mebibytes or data.batch_size"
+        if proxies
+        else "lower loss.memory_size, loss.block_mebibytes or data.batch_size"
+    )
+    return memory + rows + proxies + block, (text, remedy)
 
 
 def _free_bytes(world: World) -> tuple[int, int]:
@@ -86,6 +101,16 @@ def _free_bytes(world: World) -> tuple[int, int]:
 
 def _gibibytes(size: float) -> str:
     return f"{size / 2**30:.3g} GiB"
+
+
+def peak_mebibytes(world: World) -> float:
+    """The most memory that any worker has held so far: on its GPU, or resident on a CPU. By all
+    workers together."""
+    if world.device.type == "cuda":
+        own = torch.cuda.max_memory_allocated(world.device)
+    else:
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux.
+    return max(gather_objects(own, world.group)) / 2**20
 
 
 def check_disk(
@@ -106,7 +131,9 @@ def check_disk(
     own = sum(_bytes(tensor) for tensor in head.shard_tensors().values())
     one = sum(gather_objects(own, world.group))
     one += sum(_bytes(tensor) for tensor in head.shared_tensors().values())
-    one += (1 + states) * sum(_bytes(tensor) for tensor in embedder.state_dict().values())
+    # Paper C's proxies come with up to three copies of the embedder.
+    copies = 1 + states + (3 if config.proxies.per_class else 0)
+    one += copies * sum(_bytes(tensor) for tensor in embedder.state_dict().values())
     needed = one * (config.checkpoint.keep_last + 2)
     own_view = shutil.disk_usage(folder).free if world.is_first else 0
     free = gather_objects(own_view, world.group)[0]

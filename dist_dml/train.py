@@ -41,7 +41,10 @@ from dist_dml.keyed_random import key_of, row_keys
 from dist_dml.measurement import Model, embed_with, measure_model
 from dist_dml.parallel.classifier import ClassParallelClassifier
 from dist_dml.parallel.heads import Head, ObjectiveOutput
+from dist_dml.parallel.proxy_head import ProxyHead
 from dist_dml.parallel.world import World
+from dist_dml.proxy_pool import prepare_proxies
+from dist_dml.resources import peak_mebibytes
 from dist_dml.schedule import learning_rate_factor
 from dist_dml.training_diagnosis import TrainingDiagnosis
 from dist_dml.training_run import TrainingRun, prepare, starting_loss_warning
@@ -88,9 +91,17 @@ def loop(config: Config, run: TrainingRun, world: World, journal: Journal) -> No
         damage,
     )
     diagnosis = TrainingDiagnosis(head, world, ignored, config.tracking.diagnostics)
+    proxies = head if isinstance(head, ProxyHead) else None
     engine.embedder.train()
     journal.begin(progress)
     for batch in journal.timed(batches):
+        if proxies is not None and proxies.phases.finished:
+            journal.say("proxies.run_patience without a gain: the run ends with its best weights")
+            break
+        if proxies is not None and proxies.phases.choosing:
+            journal.pause()
+            prepare_proxies(proxies, engine.embedder, run.index, plan.sample_ids, config, world)
+            journal.resume(progress)
         if batch.micro == 0 and batch.step % plan.steps_per_epoch == 0:
             facts = epoch_facts(plan, run.index.fingerprint, batch.step, run.total_steps)
             when = f"at the start of epoch {batch.step // plan.steps_per_epoch + 1}"
@@ -122,13 +133,19 @@ def loop(config: Config, run: TrainingRun, world: World, journal: Journal) -> No
         )
 
         is_best = False
-        if ends_run or (ends_epoch and _is_due(epoch, config.evaluation.every_epochs)):
+        asked = proxies is not None and proxies.phases.evaluation_due
+        if ends_run or asked or (ends_epoch and _is_due(epoch, config.evaluation.every_epochs)):
             journal.pause()
             scores = evaluate(config, run, world, journal, progress, ends_run)
             best = scores.get(config.checkpoint.best_metric, -math.inf)
             is_best = best > (progress.best_score if progress.best_score is not None else -1.0)
             if is_best:
                 progress = replace(progress, best_score=best, best_step=progress.step)
+            if proxies is not None and asked:
+                proxies.evaluated(best, engine.embedder)
+                if proxies.phases.finished:  # With the best weights, of which the last scores are.
+                    ends_run = True
+                    evaluate(config, run, world, journal, progress, ends_run)
         # A checkpoint of an epoch's end follows its evaluation, so that it knows the best score.
         if (
             ends_run
@@ -173,6 +190,8 @@ def train_step(
     diagnosis.note(embeddings, labels, batch.row_counts)
     output = head(embeddings, labels, batch.row_counts, batch_rows, factor=factor, last=last)
     engine.backward(output.loss)
+    if isinstance(head, ProxyHead):
+        head.phases.pull(engine.embedder)
     engine.step(factor)
     if last:
         head.step_done()
@@ -196,7 +215,8 @@ def evaluate(
     measured = measure_model(model, run.index, config, world, nmi)
     scores = measured.scores
     seconds = time.perf_counter() - started
-    journal.record(progress, scores | {"evaluation/seconds": seconds})
+    costs = {"evaluation/seconds": seconds, "memory/peak_mebibytes": peak_mebibytes(world)}
+    journal.record(progress, scores | costs)
     shown = {name: value for name, value in scores.items() if name == config.checkpoint.best_metric}
     journal.say(
         f"step {progress.step}: evaluated in {seconds:.1f} s"

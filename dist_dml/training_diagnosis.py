@@ -57,6 +57,8 @@ class TrainingDiagnosis:
         embeddings, labels, row_counts = self._last
         rows = gather_uneven(embeddings.float(), row_counts, self._world.group)
         labels = gather_uneven(labels, row_counts, self._world.group)
+        if not bool(torch.isfinite(rows).all()):
+            return {}  # The loss, which is told with these, says it better.
         found = diagnose(F.normalize(rows, dim=1), labels, self._ignored, _ROWS)._asdict()
         few = whole_classes(labels, _ROWS_FOR_PARTS, self._ignored)
         parts = self._head.parts(rows[few], labels[few]) if len(few) else None

@@ -31,6 +31,7 @@ from dist_dml.parallel.classifier import ClassParallelClassifier
 from dist_dml.parallel.collectives import gather_objects
 from dist_dml.parallel.heads import Head
 from dist_dml.parallel.pair_head import PairHead
+from dist_dml.parallel.proxy_head import ProxyHead
 from dist_dml.parallel.world import World
 from dist_dml.resources import check_disk, check_memory
 
@@ -104,6 +105,17 @@ def _build_head(
     world: World,
 ) -> Head:
     counts = index.class_counts(config.data.split, partition.num_classes)
+    if config.proxies.per_class:
+        # Rows have positives among the proxies, whatever else the batch holds.
+        return ProxyHead(
+            config.proxies,
+            config.loss,
+            config.optimizer,
+            embedding_dim,
+            partition,
+            plan.max_micro_rows,
+            world.device,
+        )
     if config.loss.of_pairs:
         _check_partners(config, counts)
         return PairHead(config.loss, embedding_dim, partition, plan.max_micro_rows, world.device)
@@ -259,7 +271,14 @@ def _check_state(path: Path, config: Config) -> None:
     ours = config.model_dump(mode="json")
     differing = [
         f"{section}.{key} {stored[section][key]!r} -> {ours[section][key]!r}"
-        for section, key in (("optimizer", "name"), ("loss", "bias"), ("classes", "optimizer"))
+        for section, key in (
+            ("optimizer", "name"),
+            ("loss", "bias"),
+            ("classes", "optimizer"),
+            ("proxies", "per_class"),
+            ("proxies", "pool_size"),
+            ("proxies", "pool"),
+        )
         # A section that a checkpoint does not know had its defaults.
         if stored.setdefault(section, dict(ours[section])).setdefault(key, "same")
         != ours[section][key]

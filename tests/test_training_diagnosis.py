@@ -119,6 +119,13 @@ def test_spce_is_of_all_classes_of_the_data() -> None:
     assert not objective.normalised
 
 
+def test_embeddings_that_are_not_finite_leave_the_word_to_the_loss() -> None:
+    rows, labels = batch()
+    diagnosis = TrainingDiagnosis(heads()["classes"], world_of(0, 1, None), -100, enabled=True)
+    diagnosis.note(rows.index_fill(0, torch.tensor([3]), math.nan), labels, (R,))
+    assert diagnosis.metrics() == {}
+
+
 def test_switched_off_it_keeps_nothing() -> None:
     rows, labels = batch()
     diagnosis = TrainingDiagnosis(heads()["pairs"], world_of(0, 1, None), -100, enabled=False)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dist_dml.data.folds import fold_of
 from dist_dml.data.index import Index, load_index
 from dist_dml.data.index_joining import join_indexes
 from dist_dml.data.orders import SplitColumns
@@ -16,11 +17,11 @@ from dist_dml.errors import UsageError
 
 
 def open_index(config: DataConfig) -> Index:
-    """The index of `data.path`, joined with those of `data.mixture`.
+    """The index of `data.path`, joined with those of `data.mixture` or cut to `data.fold`.
 
     Raises:
         UsageError: a folder is missing, not indexed or stale, is named twice, or its remote shards
-            do not fit `data.storage`.
+            do not fit `data.storage`; `data.folds` do not fit its classes.
     """
     paths = [config.path, *(part.path for part in config.mixture)]
     places = [Path(path).resolve() for path in paths]
@@ -35,7 +36,7 @@ def open_index(config: DataConfig) -> Index:
     joined = join_indexes(list(zip(indexes, splits, strict=True)), config.mixture_classes)
     # All remote shards of a mixture share one cache.
     check_storage(joined, config.split, config)
-    return joined
+    return fold_of(joined, config.split, config.folds, config.fold) if config.folds else joined
 
 
 def open_plan(index: Index, config: DataConfig, accumulate: int, seed: int) -> Plan:

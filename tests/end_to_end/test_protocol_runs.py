@@ -1,0 +1,219 @@
+"""`dist-dml protocol` as a user starts it: killed, resumed, repeated, with a fold that fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections import Counter
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from launching import BIN, ROOT, kill_tree, training_processes
+
+from dist_dml.data.index_command import build_index
+from dist_dml.data.shards import write_shard
+
+pytestmark = pytest.mark.slow
+
+SCORES = ("precision_at_1", "r_precision", "map_at_r")
+
+
+@pytest.fixture(scope="module")
+def divided_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """9 training and 6 test classes of 12 noisy patterns."""
+    folder = tmp_path_factory.mktemp("divided")
+    draw = np.random.default_rng(0)
+    for split, classes in (("train", range(9)), ("test", range(9, 15))):
+        rows = []
+        for number in classes:
+            pattern = cv2.resize(draw.integers(0, 256, (4, 4), dtype=np.uint8), (16, 16))
+            for sample in range(12):
+                noisy = np.clip(pattern + draw.normal(0, 70, (16, 16)), 0, 255).astype(np.uint8)
+                png = cv2.imencode(".png", noisy)[1].tobytes()
+                key = f"{number:02d}_{sample:02d}"
+                rows.append({"__key__": key, "png": png, "cls": f"c{number:02d}".encode()})
+        write_shard(folder / f"{split}-000000.tar", rows)
+    build_index(folder)
+    return folder
+
+
+@pytest.fixture
+def config_file(divided_data: Path, tmp_path: Path) -> str:
+    """20 epochs of 2 steps (5 classes, 60 images, batches of 30), a checkpoint an epoch."""
+    path = tmp_path / "fair.yaml"
+    path.write_text(
+        f"run: {{name: whole, root: {tmp_path / 'runs'}}}\n"
+        f"data: {{path: {divided_data}, batch_size: 30, loader_processes: 0,\n"
+        "  image: {size: 12, channels: 1, resize: 0, mean: [0.5], std: [0.25]}}\n"
+        "model: {embedding_dim: 16, norm: batch}\n"
+        "training: {epochs: 20}\n"
+        "engine: {timeout_seconds: 60}\n"
+        "tracking: {mlflow: false, every_steps: 1}\n"
+    )
+    return str(path)
+
+
+def start(config_file: str, *words: str) -> subprocess.Popen[str]:
+    """The command, of 2 folds, both at the same time."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        environment.pop(name, None)
+    command = [str(BIN / "dist-dml"), "protocol", config_file, "--folds", "2", "--parallel", "2"]
+    return subprocess.Popen(
+        [*command, *words],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code and output; nothing stays behind."""
+    try:
+        output = process.communicate(timeout=180)[0]
+    finally:
+        kill_tree(process.pid)
+    return process.returncode, output
+
+
+def steps_trained(folder: Path) -> Counter[int]:
+    """How often each step was trained."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return Counter(r["step"] for r in records if r["name"] == "train/loss")
+
+
+def newest_step(folder: Path) -> int:
+    """Of the checkpoints that are complete."""
+    names = [p.name for p in (folder / "checkpoints").glob("step-*") if p.suffix != ".tmp"]
+    return max((int(name.removeprefix("step-")) for name in names), default=0)
+
+
+def report_of(root: Path, name: str) -> dict:
+    return json.loads((root / name / "protocol" / "protocol.json").read_text())
+
+
+def brute_force(folders: list[Path]) -> list[float]:
+    """P@1, R-precision and MAP@R of the folds' concatenated embeddings, in float64."""
+    found = [np.load(folder / "embeddings-test.npz") for folder in folders]
+    labels = found[0]["labels"]
+    parts = [file["vectors"].astype(np.float64) for file in found]
+    units = [part / np.linalg.norm(part, axis=1)[:, None] for part in parts]
+    vectors = np.concatenate(units, axis=1)
+    scores = []
+    for i in range(len(labels)):
+        order = [j for j in np.argsort(-(vectors @ vectors[i]), kind="stable") if j != i]
+        hits = (labels[order] == labels[i]).astype(np.float64)
+        total = int(hits.sum())
+        precision = np.cumsum(hits) / np.arange(1, len(hits) + 1)
+        scores.append(
+            [hits[0], hits[:total].sum() / total, (precision * hits)[:total].sum() / total]
+        )
+    return np.mean(scores, axis=0).tolist()
+
+
+def test_killed_and_resumed_runs_nothing_twice_and_ends_with_the_same_table(
+    config_file: str, tmp_path: Path
+) -> None:
+    root = tmp_path / "runs"
+    code, output = finish(start(config_file))
+    assert code == 0, output
+
+    killed = start(config_file, "run.name=killed")
+    folds = [root / "killed" / f"fold-{i}" for i in (0, 1)]
+    deadline = time.monotonic() + 90
+    while min(newest_step(fold) for fold in folds) < 6:
+        assert time.monotonic() < deadline, "the folds did not get going"
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    # The guards have lost their asker: nobody is left to tell them.
+    deadline = time.monotonic() + 20
+    while training_processes(root):
+        assert time.monotonic() < deadline, "a worker was left behind"
+        time.sleep(0.1)
+    saved = [newest_step(fold) for fold in folds]
+    assert min(saved) < 40, "it was killed too late to show anything"
+    assert not list((root / "killed").glob("fold-*/test.json"))
+
+    code, output = finish(start(config_file, "run.name=killed"))
+    assert code == 0, output
+    for fold, step in zip(folds, saved, strict=True):
+        trained = steps_trained(fold)
+        assert set(trained) == set(range(1, 41))
+        assert {trained[i] for i in range(1, step + 1)} == {1}
+    ours, whole = report_of(root, "killed"), report_of(root, "whole")
+    assert ours["over_repeats"] == whole["over_repeats"]
+    assert [r["best_step"] for r in ours["runs"]] == [r["best_step"] for r in whole["runs"]]
+
+    logs = {path: path.read_bytes() for path in root.glob("killed/*/protocol.log")}
+    code, output = finish(start(config_file, "run.name=killed"))
+    assert code == 0, output
+    assert "2 folds, 2 done before" in output
+    assert logs == {path: path.read_bytes() for path in root.glob("killed/*/protocol.log")}
+
+    code, output = finish(start(config_file, "run.name=killed", "training.epochs=21"))
+    assert code == 2
+    assert "training.epochs 20 -> 21" in output
+
+
+def test_two_workers_a_fold_make_the_table_from_the_folds_own_files(
+    config_file: str, tmp_path: Path
+) -> None:
+    code, output = finish(start(config_file, "--workers", "2", "training.epochs=4"))
+    assert code == 0, output
+    folders = [tmp_path / "runs" / "whole" / f"fold-{i}" for i in (0, 1)]
+    report = report_of(tmp_path / "runs", "whole")
+    tests = [json.loads((folder / "test.json").read_text()) for folder in folders]
+    together = report["repeats"][0]["concatenated"]
+    assert [together[n] for n in SCORES] == pytest.approx(brute_force(folders), abs=1e-6)
+    for name in SCORES:
+        mean = np.mean([test["scores"][name] for test in tests])
+        assert report["repeats"][0]["separated"][name] == pytest.approx(mean)
+    for test, folder in zip(tests, folders, strict=True):
+        assert test["workers"] == 2
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        names = {json.loads(line)["name"] for line in lines}
+        # Training has measured validation and nothing else.
+        measured = {name.split("/")[0] for name in names if name.endswith("/map_at_r")}
+        assert measured == {"validation"}
+        records = [json.loads(line) for line in lines]
+        best = max(r["value"] for r in records if r["name"] == "validation/cosine/map_at_r")
+        assert test["validation_map_at_r"] == best
+    table = (tmp_path / "runs" / "whole" / "protocol" / "table.md").read_text()
+    assert table in output
+    assert "concatenated (32-D)" in table
+
+
+def test_a_worker_that_is_killed_ends_all_folds_with_the_name_of_its_own(
+    config_file: str, tmp_path: Path
+) -> None:
+    process = start(config_file, "--workers", "2", "training.epochs=2000")
+    folds = [tmp_path / "runs" / "whole" / f"fold-{i}" for i in (0, 1)]
+    deadline = time.monotonic() + 90
+    while min(newest_step(fold) for fold in folds) < 2:
+        assert time.monotonic() < deadline, "the folds did not get going"
+        time.sleep(0.05)
+    victim = next(
+        found
+        for found in training_processes(tmp_path)
+        if any("fold-1" in word for word in found.cmdline())
+        and not {"dist_dml.protocol_guard", "torch.distributed.run"} & set(found.cmdline())
+    )
+    victim.kill()
+    code, output = finish(process)
+    assert code == 1, output
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("dist_dml: error: fold-1 failed while training")
+    assert "was killed" in last or "Signal 9 (SIGKILL) received" in last
+    assert str(folds[1] / "protocol.log") in last
+    # Launchers and guards count as well.
+    assert not training_processes(tmp_path)
