@@ -57,7 +57,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         r"a \+ b = 1\.6, .* below pi / 2",
     ),
     ({"label_smoothing": 1.0}, "less than 1"),
-    ({"name": "triplet"}, "'cross_entropy', 'normalised_softmax'"),
+    ({"name": "tripled"}, "'cross_entropy', 'normalised_softmax'"),
 ]
 
 
