@@ -15,6 +15,7 @@ Dimensions: B rows of the batch, D features, W workers.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import statistics
@@ -76,6 +77,7 @@ def work(request: dict[str, Any]) -> None:
         head = PairHead(config, dim, partition, size)
         if workers > 1:
             dist.barrier()
+        _give_back()
         before = status_bytes("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # The high-water mark starts anew.
         started = time.perf_counter()
@@ -87,6 +89,13 @@ def work(request: dict[str, Any]) -> None:
     if workers > 1:
         dist.barrier()
         dist.destroy_process_group()
+
+
+def _give_back() -> None:
+    """What the C library keeps of earlier losses would hide what the next one needs."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:  # glibc has it.
+        trim(0)
 
 
 def run_workers(request: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
