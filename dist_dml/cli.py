@@ -16,6 +16,7 @@ COMMANDS = {
     "train": ("dist_dml.train", "train an embedding (also under deepspeed, torchrun, srun)"),
     "evaluate": ("dist_dml.evaluate", "score a run's checkpoint and write its report"),
     "protocol": ("dist_dml.protocol", "train and test class-disjoint folds, and write one table"),
+    "compare": ("dist_dml.comparison", "methods against each other, each with the same trials"),
     "reference": ("dist_dml.reference_command", "published results of papers A, B and C"),
     "estimate": ("dist_dml.estimate", "memory and time of a run on machines that you name"),
     "config": ("dist_dml.config_command", "show, diff or describe configurations"),

@@ -123,6 +123,10 @@ class TrainingConfig(Section):
     """Stop after this many optimizer steps; 0 trains all epochs. The schedule follows the shorter.
     
     """
+    max_seconds: NonNegative = 0.0
+    """Stop after this many seconds of training, evaluations and checkpoints not counted; 0 sets no
+    limit. The schedule follows whichever of time and steps is nearer its end.
+    """
     accumulate: Count = 1
     """Micro-batches of each global batch: one backward each, one optimizer step for all."""
 

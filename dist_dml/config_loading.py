@@ -131,6 +131,16 @@ def _layers(given: str) -> Iterator[tuple[dict[Any, Any], str]]:
         yield _variant(variants, variant, path), f"{path.name}:{variant}"
 
 
+def variant_names(path: str | Path) -> list[str]:
+    """The variants of a file, in its order.
+
+    Raises:
+        UsageError: if it cannot be read.
+    """
+    variants = _read_yaml(Path(path)).get(VARIANTS) or {}
+    return [str(name) for name in variants] if isinstance(variants, dict) else []
+
+
 def _variant(variants: Mapping[Any, Any], name: str, path: Path) -> dict[Any, Any]:
     known = [str(key) for key in variants]
     if name not in variants:

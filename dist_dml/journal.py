@@ -73,7 +73,11 @@ class Journal:
         if config.tracking.mlflow:
             root = Path(config.run.root)
             self._mirror = start_mirror(run.folder, config.tracking, root, config.run.name)
-        self._line = LiveLine(run.total_steps)
+        self._line = LiveLine(
+            run.total_steps,
+            max_seconds=config.training.max_seconds,
+            training_seconds=self.training_seconds,
+        )
         self._line.message(_headline(config, run, world))
 
     def begin(self, progress: Progress) -> None:
@@ -231,9 +235,11 @@ def _headline(config: Config, run: TrainingRun, world: World) -> str:
     """What is about to run, on one line."""
     parameters = sum(p.numel() for p in run.engine.embedder.parameters())
     partition = run.head.partition
+    limit = config.training.max_seconds
+    limit = f" or {limit:g} s" if limit else ""
     start = f", from step {run.start.step}" if run.start.step else ""
     return (
-        f"{run.folder}: {run.total_steps} steps{start} of {config.data.batch_size} images, "
+        f"{run.folder}: {run.total_steps} steps{limit}{start} of {config.data.batch_size} images, "
         f"{partition.num_classes} classes over {world.size} worker(s) "
         f"({partition.size} on the first), {parameters / 1e6:.2f} M backbone parameters, "
         f"{engine_name(config, world)} on {world.device.type}, {config.engine.precision}"

@@ -136,6 +136,10 @@ class LossConfig(BaseModel):
     """Steps before the memory is filled (paper C: 1000)."""
     block_mebibytes: Positive = 256.0
     """Most memory that a block of pairs takes beyond the rows of the batch."""
+    label_sets: str = ""
+    """CSV file that puts each class into a set of one or several labellings (`class,NAME,...`), by
+    which pairs are then told apart: relative labels, paper B, appendix D. Empty: by class.
+    """
     class_weights: Literal["none", "inverse", "effective"] = "none"
     """Weight of a row by the training images n of its class: 1 / n, or the effective number
     (1 - b) / (1 - b^n) with b = 0.999 (Cui et al. 2019); the mean over training images is 1.

@@ -41,7 +41,7 @@ PAIR_READS: dict[str, tuple[str, ...]] = {
     "spce": (),
     "center": (),
 }
-PAIR_KEYS = ("memory_size", "memory_warmup_steps", "block_mebibytes")
+PAIR_KEYS = ("memory_size", "memory_warmup_steps", "block_mebibytes", "label_sets")
 PAIR_LOSSES = tuple(PAIR_READS)
 # What rows may be compared by. The others have one comparison.
 COMPARISONS: dict[str, tuple[str, ...]] = {

@@ -22,8 +22,10 @@ _POLL_SECONDS = 0.2
 _TERMINAL_SECONDS = 1.0
 _FILE_SECONDS = 10.0
 _TAIL_BYTES = 2**16
-_STEP = re.compile(r"^step +(\d+)[/:]")
-_TOTAL = re.compile(r": (\d+) steps(?:, from step (\d+))? of ")
+_STEP = re.compile(r"^step +(\d+)(?:[/:]|  )")
+_TOTAL = re.compile(r": (\d+) steps(?: or (\S+) s)?(?:, from step (\d+))? of ")
+# Of a training with a limit of time.
+_SECONDS = re.compile(r"^step +\d+  (\d+)/\d+ s  ")
 _HEAD_BYTES = 2**14
 _ERROR = "dist_dml: error: "
 _KILLED = re.compile(r"(Signal \d+ \(\w+\) received by PID \d+)")
@@ -46,6 +48,16 @@ class Job:
     stages: tuple[Stage, ...]
 
 
+@dataclass(frozen=True)
+class _Goal:
+    """All steps, or seconds where these are limited; those done when it was first looked at."""
+
+    total: float
+    of_seconds: bool
+    before: float
+    since: float = field(default_factory=time.monotonic)
+
+
 @dataclass
 class _Running:
     job: Job
@@ -54,8 +66,8 @@ class _Running:
     log_start: int
     started: float
     """Of the job, not of the stage."""
-    goal: tuple[int, int, float] | None = None
-    """Of training: all steps, those done when it was first looked at, and when that was."""
+    goal: _Goal | None = None
+    """Of training, once it has said it."""
 
     @property
     def at(self) -> Stage:
@@ -68,6 +80,7 @@ class _Board:
 
     num_done: int
     stream: Stream
+    what: str = "folds"
     shown_at: float = field(default_factory=time.monotonic)
     num_drawn: int = 0
     seconds: list[float] = field(default_factory=list)
@@ -80,7 +93,7 @@ class _Board:
         self.shown_at = time.monotonic()
         looks = [_look(one) for one in running]
         left = _seconds_left(running, [own for _, own in looks], num_waiting, self.seconds)
-        head = f"folds: {self.num_done} done, {len(running)} running, {num_waiting} waiting"
+        head = f"{self.what}: {self.num_done} done, {len(running)} running, {num_waiting} waiting"
         lines = [head + (f", about {format_duration(left)} left" if left is not None else "")]
         for one, (said, _) in zip(running, looks, strict=True):
             lines.append(f"  {one.job.name}  {one.at.label}  {said}".rstrip())
@@ -103,7 +116,9 @@ def run_jobs(
     num_done: int,
     lock: int,
     stream: Stream | None = None,
-) -> None:
+    keep_going: bool = False,
+    what: str = "folds",
+) -> dict[str, str]:
     """Run every job, as many at a time as there are slots.
 
     Every process stands under a guard (`protocol_guard`): whether a fold fails, this function is
@@ -115,11 +130,17 @@ def run_jobs(
         num_done: folds that need no run; for the progress.
         lock: descriptor of a lock that the guards hold on to until their command has ended.
         stream: where progress goes; standard error by default.
+        keep_going: let the others run where one fails.
+        what: the jobs are, for the progress.
+
+    Returns:
+        What failed, by the job's name: its last words and where to read the others.
 
     Raises:
-        RunError: a job failed: its name, its last words and where to read the others.
+        RunError: a job failed, unless `keep_going`.
     """
-    board = _Board(num_done, sys.stderr if stream is None else stream)
+    failures: dict[str, str] = {}
+    board = _Board(num_done, sys.stderr if stream is None else stream, what)
     waiting = deque(jobs)
     running: dict[int, _Running] = {}
     try:
@@ -137,7 +158,11 @@ def run_jobs(
                 del running[slot]
                 _close(one)
                 if code:
-                    raise RunError(_failure(one, code))
+                    failures[one.job.name] = _failure(one, code)
+                    if not keep_going:
+                        raise RunError(failures[one.job.name])
+                    board.say(failures[one.job.name])
+                    continue
                 if one.stage + 1 < len(one.job.stages):
                     running[slot] = _start(one.job, one.stage + 1, slots[slot], lock, one.started)
                     continue
@@ -147,6 +172,7 @@ def run_jobs(
             board.show(list(running.values()), len(waiting))
     finally:
         _end(list(running.values()))
+    return failures
 
 
 def _start(
@@ -217,36 +243,42 @@ def _read_from(log: BinaryIO, start: int) -> str:
     return log.read().decode("utf-8", "replace")
 
 
-def _last_step(one: _Running) -> str:
-    """The last line in which training says how far it is."""
-    lines = [line.strip() for line in _tail(one).splitlines() if _STEP.match(line.strip())]
-    return lines[-1] if lines else ""
-
-
 def _look(one: _Running) -> tuple[str, float | None]:
     """What a fold says of itself, and the seconds it needs; None while nobody can know.
 
-    The time is that of all steps since it was first looked at, evaluations included.
+    The time is that of all steps (or seconds of training, where they are limited) since it was
+    first looked at, evaluations included.
     """
     if one.stage > 0:
         return "", 0.0
-    line = _last_step(one)
-    step = _STEP.match(line)
+    said = [line.strip() for line in _tail(one).splitlines()]
+    line = [text for text in said if _STEP.match(text)][-1:]
     if one.goal is None:
         with one.at.log.open("rb") as log:
             log.seek(one.log_start)
             found = _TOTAL.search(log.read(_HEAD_BYTES).decode("utf-8", "replace"))
         if found:
-            before = int(step.group(1) if step else found.group(2) or 0)
-            one.goal = (int(found.group(1)), before, time.monotonic())
-    if one.goal is None or step is None:
-        return line, None
-    total, before, since = one.goal
-    done = int(step.group(1)) - before
-    if done <= 0:
-        return line, None
-    left = (time.monotonic() - since) / done * (total - before - done)
-    return f"{before + done}/{total}, {format_duration(left)} left: {line}", left
+            limit = float(found.group(2)) if found.group(2) else None
+            before = _done(said, limit)
+            before = int(found.group(3) or 0) if before is None and limit is None else before
+            if before is not None:
+                one.goal = _Goal(limit or int(found.group(1)), limit is not None, before)
+    if one.goal is None or not line:
+        return "".join(line), None
+    goal = one.goal
+    done = _done(said, goal.total if goal.of_seconds else None)
+    if done is None or done <= goal.before:
+        return line[0], None
+    left = (time.monotonic() - goal.since) / (done - goal.before) * max(0.0, goal.total - done)
+    unit = " s" if goal.of_seconds else ""
+    return f"{done:.0f}/{goal.total:.0f}{unit}, {format_duration(left)} left: {line[0]}", left
+
+
+def _done(said: Sequence[str], limit: float | None) -> float | None:
+    """Steps that are done, or seconds of training where these are limited."""
+    form = _STEP if limit is None else _SECONDS
+    found = [match for text in said if (match := form.match(text))]
+    return float(found[-1].group(1)) if found else None
 
 
 def _seconds_left(

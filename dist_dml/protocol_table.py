@@ -11,7 +11,7 @@ from dist_dml.protocol_folds import Fold
 from dist_dml.protocol_scores import SCORES, Spread, separated_scores
 from dist_dml.tracking.live import format_duration
 
-_HEADINGS = {"precision_at_1": "P@1", "r_precision": "R-precision", "map_at_r": "MAP@R"}
+HEADINGS = {"precision_at_1": "P@1", "r_precision": "R-precision", "map_at_r": "MAP@R"}
 
 
 def build_report(
@@ -95,7 +95,7 @@ def _title(report: Mapping[str, Any]) -> str:
 
 def _fold_table(report: Mapping[str, Any]) -> str:
     headings = ["fold", "validation MAP@R", "best step", "time to best", "images seen"]
-    headings += ["peak MiB", *_HEADINGS.values()]
+    headings += ["peak MiB", *HEADINGS.values()]
     rows = []
     for run in report["runs"]:
         name = f"{run['fold']}" if len(report["repeats"]) == 1 else f"{run['repeat']}/{run['fold']}"
@@ -103,28 +103,28 @@ def _fold_table(report: Mapping[str, Any]) -> str:
         rows.append(
             [
                 name,
-                _percent(run["validation_map_at_r"]),
+                percent(run["validation_map_at_r"]),
                 f"{run['best_step']} of {run['total_steps']}",
-                _duration(run["best_seconds"]),
+                duration(run["best_seconds"]),
                 f"{run['best_images_seen']:,}",
                 peak,
-                *(_percent(run["scores"][score]) for score in SCORES),
+                *(percent(run["scores"][score]) for score in SCORES),
             ]
         )
     over = report["over_runs"]
     seconds = over["best_seconds"]["mean"]
     images = over["best_images_seen"]["mean"]
     validation = over["validation_map_at_r"]
-    means = [_percent(over[score]["mean"]) for score in SCORES]
-    spread = [_percent(over[score]["deviation"]) for score in SCORES]
+    means = [percent(over[score]["mean"]) for score in SCORES]
+    spread = [percent(over[score]["deviation"]) for score in SCORES]
     rows.append(
         [
-            *("mean", _percent(validation["mean"]), "", _duration(seconds)),
+            *("mean", percent(validation["mean"]), "", duration(seconds)),
             *(f"{images:,.0f}", "", *means),
         ]
     )
-    rows.append(["deviation", _percent(validation["deviation"]), "", "", "", "", *spread])
-    return _markdown(headings, rows)
+    rows.append(["deviation", percent(validation["deviation"]), "", "", "", "", *spread])
+    return markdown(headings, rows)
 
 
 def _final_table(report: Mapping[str, Any]) -> str:
@@ -143,23 +143,23 @@ def _final_table(report: Mapping[str, Any]) -> str:
         said = f"\n\n± is the 95% interval of the mean over {repeats} repeats (Student's t)."
     elif repeats == 2:
         said = "\n\n± is the standard deviation of 2 repeats."
-    return _markdown(["score", *_HEADINGS.values()], rows) + said
+    return markdown(["score", *HEADINGS.values()], rows) + said
 
 
 def _with_spread(spread: Mapping[str, float | None]) -> str:
     around = spread["deviation"] if spread["interval"] is None else spread["interval"]
-    return _percent(spread["mean"]) + (f" ± {_percent(around)}" if around is not None else "")
+    return percent(spread["mean"]) + (f" ± {percent(around)}" if around is not None else "")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 60 else format_duration(seconds)
 
 
-def _percent(share: float | None) -> str:
+def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f}"
 
 
-def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table that also reads well as it is: columns of equal width, numbers to the right."""
     widths = [max(len(line[i]) for line in (headings, *rows)) for i in range(len(headings))]
 

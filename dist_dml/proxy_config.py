@@ -108,6 +108,11 @@ def proxy_refusal(
             f"{has} and loss.memory_size={loss.memory_size} are two answers to small batches; set "
             "loss.memory_size=0 or proxies.per_class=0"
         )
+    if loss.label_sets:
+        return (
+            f"{has} has proxies of classes, and loss.label_sets={loss.label_sets} puts classes "
+            "into several sets; set loss.label_sets= or proxies.per_class=0"
+        )
     if accumulate > 1:
         return (
             f"{has} needs the rows of a batch together, and training.accumulate={accumulate}; set "

@@ -42,6 +42,7 @@ from dist_dml.measurement import Model, embed_with, measure_model
 from dist_dml.parallel.classifier import ClassParallelClassifier
 from dist_dml.parallel.heads import Head, ObjectiveOutput
 from dist_dml.parallel.proxy_head import ProxyHead
+from dist_dml.parallel.time_budget import TimeBudget
 from dist_dml.parallel.world import World
 from dist_dml.proxy_pool import prepare_proxies
 from dist_dml.resources import peak_mebibytes
@@ -58,12 +59,12 @@ def train(resolved: Resolved, world: World, arguments: argparse.Namespace) -> No
     warning = starting_loss_warning(config, run.head.partition.num_classes)
     if warning:
         journal.say(warning)
-    if run.start.step >= run.total_steps:
-        journal.say(
-            f"{run.folder} has done all {run.total_steps} steps; raise training.epochs to go on"
-        )
+    ended = run.ended_by(config)
+    if ended:
+        journal.say(f"{run.folder} {ended}")
     try:
-        loop(config, run, world, journal)
+        if not ended:
+            loop(config, run, world, journal)
     except BaseException as error:
         journal.fail("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
         raise
@@ -92,22 +93,22 @@ def loop(config: Config, run: TrainingRun, world: World, journal: Journal) -> No
     )
     diagnosis = TrainingDiagnosis(head, world, ignored, config.tracking.diagnostics)
     proxies = head if isinstance(head, ProxyHead) else None
+    limit = config.training.max_seconds
+    budget = TimeBudget(limit, progress.seconds, world.device, world.group)
     engine.embedder.train()
     journal.begin(progress)
     for batch in journal.timed(batches):
         if proxies is not None and proxies.phases.finished:
             journal.say("proxies.run_patience without a gain: the run ends with its best weights")
             break
-        if proxies is not None and proxies.phases.choosing:
-            journal.pause()
+        if proxies is not None and proxies.phases.choosing:  # Its time is time of training.
             prepare_proxies(proxies, engine.embedder, run.index, plan.sample_ids, config, world)
-            journal.resume(progress)
         if batch.micro == 0 and batch.step % plan.steps_per_epoch == 0:
             facts = epoch_facts(plan, run.index.fingerprint, batch.step, run.total_steps)
             when = f"at the start of epoch {batch.step // plan.steps_per_epoch + 1}"
             check_agreement(when, facts, world)
         last = batch.micro == config.training.accumulate - 1
-        factor = learning_rate_factor(batch.step, run.total_steps, config.schedule)
+        factor = learning_rate_factor(batch.step, run.total_steps, config.schedule, budget.share)
         batch_rows = plan.num_rows(batch.step)
         output = train_step(
             batch, engine, head, batch_rows, factor, last, config.run.seed, diagnosis
@@ -123,7 +124,9 @@ def loop(config: Config, run: TrainingRun, world: World, journal: Journal) -> No
             seconds=journal.training_seconds(),
         )
         epoch, within = divmod(progress.step, plan.steps_per_epoch)
-        ends_epoch, ends_run = within == 0, progress.step == run.total_steps
+        budget.step_done(progress.seconds)
+        ends_epoch = within == 0
+        ends_run = progress.step == run.total_steps or budget.share >= 1
         journal.step_done(
             progress,
             epoch,
@@ -155,6 +158,8 @@ def loop(config: Config, run: TrainingRun, world: World, journal: Journal) -> No
         ):
             journal.pause()
             save(config, run, world, progress)
+        if ends_run:
+            break
         journal.resume(progress)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -9,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jaxtyping import Int
-from torch import Tensor
 
 from dist_dml.agreement import check_agreement, epoch_facts
 from dist_dml.checkpoint import load_embedder_tensors, load_head, load_optimizer_state
@@ -27,18 +26,14 @@ from dist_dml.measurement import check_evaluation
 from dist_dml.metric_parameters import MetricParameters
 from dist_dml.models.embedder import Embedder, build_embedder
 from dist_dml.parallel.class_partition import ClassPartition
-from dist_dml.parallel.classifier import ClassParallelClassifier
 from dist_dml.parallel.collectives import gather_objects
 from dist_dml.parallel.heads import Head
-from dist_dml.parallel.pair_head import PairHead
-from dist_dml.parallel.proxy_head import ProxyHead
 from dist_dml.parallel.world import World
 from dist_dml.resources import check_disk, check_memory
+from dist_dml.training_head import build_head, label_sets_of
 
 # A start this many times above that of p = 1 is worth a word.
 _FAR_ABOVE = 5.0
-# Other rows of its class that a row should meet in a batch, on average.
-_FEWEST_PARTNERS = 0.5
 
 
 @dataclass(frozen=True)
@@ -61,6 +56,15 @@ class TrainingRun:
     start: Progress
     plan_facts: dict[str, Any]
 
+    def ended_by(self, config: Config) -> str:
+        """Why there is nothing left to train, for a message; empty if there is."""
+        if self.start.step >= self.total_steps:
+            return f"has done all {self.total_steps} steps; raise training.epochs to go on"
+        limit = config.training.max_seconds
+        if limit and self.start.seconds >= limit:
+            return f"has trained for its {limit:g} seconds; raise training.max_seconds to go on"
+        return ""
+
 
 def prepare(config: Config, world: World) -> TrainingRun:
     """Refuse what cannot work, then build everything; called by all workers together.
@@ -81,6 +85,9 @@ def prepare(config: Config, world: World) -> TrainingRun:
     if config.training.max_steps:
         total_steps = min(total_steps, config.training.max_steps)
     agreed = {"config": config_hash(config), "num_classes": num_classes}
+    sets = label_sets_of(config, index, num_classes)
+    if sets is not None:
+        agreed["label_sets"] = hashlib.sha256(sets.sets.numpy().tobytes()).hexdigest()
     agreed |= epoch_facts(plan, index.fingerprint, 0, total_steps)
     check_agreement("before the first step", agreed, world)
 
@@ -90,67 +97,10 @@ def prepare(config: Config, world: World) -> TrainingRun:
         raise found
     embedder = build_embedder(config.model, config.data.image, config.run.seed, world.group)
     check_memory(config, embedder.embedding_dim, partition, world)
-    head = _build_head(config, embedder.embedding_dim, partition, plan, index, world)
+    head = build_head(config, embedder.embedding_dim, partition, plan, index, world)
     start, engine = _restore(config, world, embedder, head, facts, found)
     check_disk(config, folder, embedder, head, world)
     return TrainingRun(folder, index, plan, total_steps, engine, head, start, facts)
-
-
-def _build_head(
-    config: Config,
-    embedding_dim: int,
-    partition: ClassPartition,
-    plan: Plan,
-    index: Index,
-    world: World,
-) -> Head:
-    counts = index.class_counts(config.data.split, partition.num_classes)
-    if config.proxies.per_class:
-        # Rows have positives among the proxies, whatever else the batch holds.
-        return ProxyHead(
-            config.proxies,
-            config.loss,
-            config.optimizer,
-            embedding_dim,
-            partition,
-            plan.max_micro_rows,
-            world.device,
-        )
-    if config.loss.of_pairs:
-        _check_partners(config, counts)
-        return PairHead(config.loss, embedding_dim, partition, plan.max_micro_rows, world.device)
-    return ClassParallelClassifier(
-        embedding_dim,
-        partition,
-        config.loss,
-        config.optimizer,
-        config.run.seed,
-        max_rows=plan.max_micro_rows,
-        device=world.device,
-        class_counts=counts,
-        classes=config.classes,
-        micro_batches=config.training.accumulate,
-    )
-
-
-def _check_partners(config: Config, class_counts: Int[Tensor, " C"]) -> None:
-    """Refuse batches in which hardly any row has another one of its class: they teach nothing.
-
-    Raises:
-        UsageError: with the number of partners to expect.
-    """
-    if config.data.order == "balanced":
-        return
-    counts = class_counts.double()
-    images = float(counts.sum())
-    alike = float((counts * (counts - 1)).sum()) / max(images * (images - 1), 1.0)
-    partners = alike * (config.data.batch_size - 1 + config.loss.memory_size)
-    if partners < _FEWEST_PARTNERS:
-        raise UsageError(
-            f"loss.name={config.loss.name} needs rows of the same class in a batch, and with "
-            f"data.order={config.data.order} a row of {config.data.batch_size} has {partners:.2g} "
-            "on average; set data.order=balanced"
-        )
 
 
 def _plan(config: Config, index: Index) -> tuple[Plan, dict[str, Any]]:

@@ -60,3 +60,13 @@ def test_every_factor_lies_in_0_exclusive_to_1(name: str) -> None:
     for total in (1, 2, 7, 500):
         for warmup in (0, 1, 10):
             assert all(0 < f <= 1 for f in factors(total, name=name, warmup_steps=warmup))
+
+
+def test_the_share_of_time_counts_where_it_is_more_than_that_of_steps() -> None:
+    config = ScheduleConfig(name="cosine")
+    assert learning_rate_factor(0, 100, config, 0.5) == pytest.approx(0.5)
+    assert learning_rate_factor(75, 100, config, 0.5) == learning_rate_factor(75, 100, config)
+    # Workers learn a step late that time is over.
+    assert 0 < learning_rate_factor(3, 100, config, 1.2) < 1e-5
+    down = ScheduleConfig(name="step", milestones=(0.6,), decay=0.1)
+    assert [learning_rate_factor(1, 100, down, share) for share in (0.59, 0.6)] == [1.0, 0.1]

@@ -1,6 +1,6 @@
 """From the configuration to losses of pairs: what each `loss.name` without class weights is.
 
-Dimensions: n rows, D features.
+Dimensions: n rows, D features, C classes, L labellings.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dist_dml.losses.multi_similarity import MultiSimilarity
 from dist_dml.losses.mutual_information import multi_similarity_parts, snca_parts
 from dist_dml.losses.pairs import PairLoss, compare, labelled_pairs_of
 from dist_dml.losses.pairwise_cross_entropy import SPCE
+from dist_dml.losses.relative_labels import RelativeLoss
 from dist_dml.losses.snca import NeighbourhoodComponents
 from dist_dml.losses.triplet import Triplet
 
@@ -38,17 +39,45 @@ class PairObjective:
     normalised: bool
 
 
-def build_pair_objective(config: LossConfig, num_classes: int) -> PairObjective:
+@dataclass(frozen=True)
+class LabelSets:
+    """Labellings that take the place of the classes.
+
+    Attributes:
+        sets: the set of each class in each of L labellings; `loss.ignore_index` for none.
+        counts: sets of each labelling.
+    """
+
+    sets: Int[Tensor, "L C"]
+    counts: tuple[int, ...]
+
+
+def build_pair_objective(
+    config: LossConfig, num_classes: int, label_sets: LabelSets | None = None
+) -> PairObjective:
     """The objective that `loss.name` names.
 
     Args:
         config: the loss section, of a loss of pairs.
         num_classes: C, which SPCE sums over.
+        label_sets: of `loss.label_sets`, on the rows' device.
 
     Raises:
         UsageError: for parameters outside a loss's definition.
     """
     assert config.of_pairs, config.name
+    if label_sets is not None:
+        found = [
+            (_losses_of(config, count), sets)
+            for count, sets in zip(label_sets.counts, label_sets.sets, strict=True)
+        ]
+        losses = tuple(RelativeLoss(loss, sets) for every, sets in found for loss in every)
+        return PairObjective(losses, all(loss.comparison != "inner" for loss in losses))
+    losses = _losses_of(config, num_classes)
+    return PairObjective(losses, all(loss.comparison != "inner" for loss in losses))
+
+
+def _losses_of(config: LossConfig, num_classes: int) -> tuple[PairLoss, ...]:
     comparison = config.setting("comparison")
     build: dict[str, Callable[[], tuple[PairLoss, ...]]] = {
         "contrastive": lambda: _contrastive(config),
@@ -67,8 +96,7 @@ def build_pair_objective(config: LossConfig, num_classes: int) -> PairObjective:
         "spce": lambda: (SPCE(num_classes),),
         "center": lambda: (CenterLoss(),),
     }
-    losses = build[config.name]()
-    return PairObjective(losses, all(loss.comparison != "inner" for loss in losses))
+    return build[config.name]()
 
 
 def _contrastive(config: LossConfig) -> tuple[PairLoss, ...]:
@@ -92,8 +120,8 @@ def parts_of_rows(
     """Tightness and contrastive part (paper B, Table 2) of some rows; their sum is the loss.
 
     The losses themselves, split: of C1 and C2 as they are configured, not the table's squares. None
-    for losses that have no such parts: a triplet holds both in one term, FastAP is a ratio, and
-    center loss is tightness alone. Holds a few n x n buffers.
+    under relative labels, and for losses that have no such parts: a triplet holds both in one term,
+    FastAP is a ratio, and center loss is tightness alone. Holds a few n x n buffers.
     """
     own = torch.arange(len(rows), device=rows.device)
     loss = objective.losses[0]

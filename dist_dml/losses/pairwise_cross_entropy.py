@@ -17,7 +17,7 @@ gradient of CE by theta, Proposition 1 (PCE <= CE) says
 which holds at theta = 0, where both sides' CE are log C, and fails at the minimum of CE unless
 cs / lambda is one as well. Nothing may rely on it.
 
-Dimensions: m anchors, R rows, L columns of labels, C classes, D features.
+Dimensions: m anchors, R rows, n any rows, C classes, D features.
 """
 
 from __future__ import annotations
@@ -34,54 +34,8 @@ from dist_dml.losses.pairs import (
     AnchorLoss,
     Comparison,
     LabelledPairs,
-    PairLoss,
     Pairs,
-    labelled_pairs_of,
 )
-
-
-def relative_pairs(
-    values: Float[Tensor, "m R"],
-    anchor_labels: Int[Tensor, "m L"],
-    labels: Int[Tensor, "R L"],
-    own: Int[Tensor, " m"],
-    column: int,
-    ignored: int,
-) -> LabelledPairs:
-    """The pairs under one of several labellings of the same rows (paper B, appendix D).
-
-    Each column puts every row into one set, or into none (`ignored`); so a row is in up to L sets.
-    Two rows are `same` if they agree in the column asked for, and `other` if they differ in it,
-    whatever the other columns say: one column may pull where another pushes.
-
-    Raises:
-        UsageError: if there is no such column.
-    """
-    if not 0 <= column < labels.shape[1]:
-        raise UsageError(
-            f"column {column} of relative labels was asked for, but they have {labels.shape[1]}: "
-            "ask for one from 0 on"
-        )
-    return labelled_pairs_of(values, anchor_labels[:, column], labels[:, column], own, ignored)
-
-
-def relative_losses(
-    loss: PairLoss,
-    values: Float[Tensor, "m R"],
-    anchor_labels: Int[Tensor, "m L"],
-    labels: Int[Tensor, "R L"],
-    own: Int[Tensor, " m"],
-    ignored: int,
-) -> tuple[AnchorLoss, ...]:
-    """One term a column of labels, L in all.
-
-    The loss of the batch is the sum over columns of sum(values) / sum(weights), each over its own
-    anchors: pooled weights would let a column in which few rows have a label vanish.
-    """
-    return tuple(
-        loss.of_anchors(relative_pairs(values, anchor_labels, labels, own, column, ignored))
-        for column in range(labels.shape[1])
-    )
 
 
 def _class_slots(labels: Int[Tensor, " R"]) -> Int[Tensor, " R"]:

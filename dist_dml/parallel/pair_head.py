@@ -5,6 +5,8 @@ Dimensions: r rows of this worker, B of all, D features.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from dist_dml.errors import UsageError
 from dist_dml.loss_config import LossConfig
-from dist_dml.losses.pair_objectives import build_pair_objective, parts_of_rows
+from dist_dml.losses.pair_objectives import LabelSets, build_pair_objective, parts_of_rows
 from dist_dml.parallel.class_partition import ClassPartition
 from dist_dml.parallel.collectives import gather_uneven
 from dist_dml.parallel.cross_batch_memory import CrossBatchMemory
@@ -24,8 +26,8 @@ class PairHead:
     """The `Head` of a loss of pairs over the batch of all workers.
 
     Equal to one process with the whole batch, in value and gradient, memory included. Costs what
-    `pair_parallel_loss` does for each of the objective's losses (two for C2), and one more gather
-    of rows a step with a memory.
+    `pair_parallel_loss` does for each of the objective's losses (two for C2, and as many again for
+    each labelling), and one more gather of rows a step with a memory.
 
     Args:
         config: the loss section.
@@ -34,6 +36,7 @@ class PairHead:
         max_rows: the most rows of a batch, all workers together.
         device: where embeddings are.
         dtype: of the sums.
+        label_sets: of `loss.label_sets`.
 
     Raises:
         UsageError: for parameters that a loss does not take, and for a block that cannot hold one
@@ -48,9 +51,12 @@ class PairHead:
         max_rows: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        label_sets: LabelSets | None = None,
     ) -> None:
         self.partition, self.config = partition, config
-        self.objective = build_pair_objective(config, partition.num_classes)
+        if label_sets is not None:
+            label_sets = replace(label_sets, sets=label_sets.sets.to(device))
+        self.objective = build_pair_objective(config, partition.num_classes, label_sets)
         self._device, self._dtype = torch.device(device), dtype
         anchors_of_block(max_rows + config.memory_size, config.block_mebibytes, dtype.itemsize)
         self.memory: CrossBatchMemory | None = None

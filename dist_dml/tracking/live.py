@@ -40,6 +40,7 @@ class Progress:
     Attributes:
         wait_share: part of the recent time spent waiting for data, 0..1.
         eta_seconds: time to the last step at the recent rate, evaluations not counted.
+        time: seconds of training done and allowed, where there is a limit.
     """
 
     step: int
@@ -49,6 +50,7 @@ class Progress:
     wait_share: float | None
     loss: float | None
     eta_seconds: float | None
+    time: tuple[float, float] | None = None
 
 
 def format_duration(seconds: float) -> str:
@@ -70,7 +72,13 @@ def format_line(progress: Progress, columns: int = 0, blocks: str = "#-") -> str
         blocks: the two characters of the bar, done and to do.
     """
     width = len(str(progress.total_steps))
-    parts = [f"step {progress.step:{width}d}/{progress.total_steps}", f"epoch {progress.epoch}"]
+    share = min(1.0, progress.step / max(1, progress.total_steps))
+    parts = [f"step {progress.step:{width}d}/{progress.total_steps}"]
+    if progress.time is not None and progress.time[0] / progress.time[1] > share:
+        share = min(1.0, progress.time[0] / progress.time[1])
+        # The last step is not known where time ends the training.
+        parts = [f"step {progress.step}", f"{progress.time[0]:.0f}/{progress.time[1]:.0f} s"]
+    parts.append(f"epoch {progress.epoch}")
     if progress.loss is not None:
         parts.append(f"loss {progress.loss:.4f}")
     if progress.images_per_second is not None:
@@ -82,7 +90,6 @@ def format_line(progress: Progress, columns: int = 0, blocks: str = "#-") -> str
     text = "  ".join(parts)
     if columns <= 0:
         return text
-    share = min(1.0, progress.step / max(1, progress.total_steps))
     bar = min(MOST_BAR, columns - len(text) - len("100% ") - 2)
     if bar < LEAST_BAR:
         return text[:columns]
@@ -108,6 +115,8 @@ class LiveLine:
         stream: Stream | None = None,
         interval_seconds: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
+        max_seconds: float = 0.0,
+        training_seconds: Callable[[], float] = lambda: 0.0,
     ) -> None:
         """Show nothing yet.
 
@@ -116,7 +125,10 @@ class LiveLine:
             stream: where to write; standard error by default.
             interval_seconds: time between two lines where there is no terminal.
             clock: seconds that only grow.
+            max_seconds: of training, where that is limited; else 0.
+            training_seconds: how many of them are spent.
         """
+        self._max_seconds, self._training_seconds = max_seconds, training_seconds
         self._total_steps = total_steps
         self._stream = sys.stderr if stream is None else stream
         self._clock = clock
@@ -206,8 +218,19 @@ class LiveLine:
             images_per_second = (last[2] - first[2]) / elapsed
             wait_share = min(1.0, max(0.0, (last[3] - first[3]) / elapsed))
             eta = max(0, self._total_steps - last[1]) * elapsed / steps
+        spent = None
+        if self._max_seconds:
+            spent = (self._training_seconds(), self._max_seconds)
+            eta = None if eta is None else min(eta, max(0.0, spent[1] - spent[0]))
         return Progress(
-            last[1], self._total_steps, self._epoch, images_per_second, wait_share, self._loss, eta
+            last[1],
+            self._total_steps,
+            self._epoch,
+            images_per_second,
+            wait_share,
+            self._loss,
+            eta,
+            spent,
         )
 
     def _write(self, text: str) -> None:

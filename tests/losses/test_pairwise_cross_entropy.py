@@ -1,4 +1,4 @@
-"""SPCE, relative labels and PCE: loops from the formulas, cross-entropies, hand-worked numbers."""
+"""SPCE and PCE: loops from the formulas, cross-entropies, hand-worked numbers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from dist_dml.losses.pairwise_cross_entropy import (
     SPCE,
     pairwise_cross_entropy,
     pairwise_cross_entropy_parts,
-    relative_losses,
-    relative_pairs,
     ridge_weight,
 )
 
@@ -109,33 +107,6 @@ def test_spce_leaves_out_ignored_rows_as_if_they_were_not_there() -> None:
     spce(leaf, torch.full_like(labels, IGNORED)).backward()
     assert leaf.grad is not None
     assert leaf.grad.count_nonzero() == 0
-
-
-def test_relative_labels_pair_rows_by_the_column_asked_for() -> None:
-    """Row 1 shares a set with row 0 in column 0, with row 2 in column 1, where row 3 has none."""
-    labels = torch.tensor([[0, 5], [0, 6], [1, 6], [1, IGNORED]])
-    own, values = torch.tensor([1, 3]), torch.zeros(2, 4, dtype=torch.float64)
-    first = relative_pairs(values, labels[own], labels, own, 0, IGNORED)
-    assert first.same.tolist() == [[True, False, False, False], [False, False, True, False]]
-    assert first.other.tolist() == [[False, False, True, True], [True, True, False, False]]
-    second = relative_pairs(values, labels[own], labels, own, 1, IGNORED)
-    assert second.same.tolist() == [[False, False, True, False], [False] * 4]
-    assert second.other.tolist() == [[True, False, False, False], [False] * 4]
-    with pytest.raises(UsageError, match=r"^column 2 .* they have 2: ask for one from 0 on$"):
-        relative_pairs(values, labels[own], labels, own, 2, IGNORED)
-
-
-def test_spce_of_relative_labels_is_the_loss_of_each_column_over_its_own_rows() -> None:
-    rows = some_rows()
-    second = torch.tensor([3, 3, IGNORED, 1, 1, IGNORED, 3, 3, 1, IGNORED])
-    labels, own = torch.stack((LABELS, second), 1), torch.arange(10)
-    terms = relative_losses(SPCE(), compare(rows, rows, "inner"), labels, labels, own, IGNORED)
-    kept = second != IGNORED
-    wanted = [
-        spce_by_loops(rows, LABELS, [0, 2, 4, 7]),
-        spce_by_loops(rows[kept], second[kept], [1, 3]),
-    ]
-    assert [mean_of(term).item() for term in terms] == pytest.approx(wanted, rel=1e-12)
 
 
 def pce_by_loops(rows: Tensor, labels: Tensor, p: Tensor, ridge: float) -> tuple[float, float]:

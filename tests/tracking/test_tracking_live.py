@@ -148,3 +148,38 @@ def test_a_closed_stream_ends_the_line_and_not_the_run():
         live.update(step, 1, step, 0.0)
     live.message("goes nowhere")
     live.close()
+
+
+def test_where_time_ends_the_training_the_line_counts_seconds():
+    clock, stream, spent = Clock(), io.StringIO(), [0.0]
+    live = LiveLine(
+        100_000,
+        stream,
+        interval_seconds=10.0,
+        clock=clock,
+        max_seconds=60.0,
+        training_seconds=lambda: spent[0],
+    )
+    live.begin(0, 0, 0.0)
+    clock.now, spent[0] = clock.now + 20, 15.0
+    live.update(40, 1, 4000, 0.0)
+    live.close()
+    assert stream.getvalue().startswith("step 40  15/60 s  epoch 1")
+    assert stream.getvalue().endswith("ETA 0:45\n")
+
+
+def test_where_steps_come_to_an_end_first_the_line_counts_steps():
+    clock, stream = Clock(), io.StringIO()
+    live = LiveLine(50, stream, clock=clock, max_seconds=60.0, training_seconds=lambda: 15.0)
+    live.begin(0, 0, 0.0)
+    clock.now += 20
+    live.update(40, 1, 4000, 0.0)
+    live.close()
+    assert "step 40/50" in stream.getvalue()
+    assert "ETA 0:05" in stream.getvalue()
+
+
+def test_the_bar_shows_the_share_of_time():
+    timed = Progress(40, 100_000, 1, None, None, None, 45.0, (15.0, 60.0))
+    line = format_line(timed, columns=80)
+    assert line.startswith(" 25% ")

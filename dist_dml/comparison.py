@@ -1,0 +1,216 @@
+"""ENTRY: methods against each other under the fair protocol, each with the same trials.
+
+    dist-dml compare configs/glyphs.yaml --trial optimizer.learning_rate=1e-3 \\
+        --trial optimizer.learning_rate=8e-3
+
+The methods are the variants of the file. Each trial is trained on the first fold; the one with the
+best validation MAP@R runs on all folds as `dist-dml protocol` does, and is tested once a fold. Run
+the command again to go on where it was stopped. See docs/protocol.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dist_dml.comparison_picture import comparison_picture
+from dist_dml.comparison_plan import Trial, best_score, chosen_trial, method_names, plan_trials
+from dist_dml.comparison_table import build_comparison, comparison_text
+from dist_dml.config import ProtocolConfig
+from dist_dml.config_loading import resolve
+from dist_dml.errors import RunError, UsageError
+from dist_dml.protocol import FOLDER, add_numbers, check_numbers, write_report
+from dist_dml.protocol_folds import (
+    Fold,
+    check_data,
+    check_unchanged,
+    finished_test,
+    held_out_protocol,
+)
+from dist_dml.protocol_jobs import Job, Stage, run_jobs
+from dist_dml.protocol_launch import (
+    check_launcher,
+    divide_machine,
+    only_command,
+    testing_stage,
+    training_stage,
+)
+from dist_dml.tracking.plots import save_figure
+from dist_dml.whole_files import write_json, write_text
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """Try, choose, run and test; then write the table and the picture.
+
+    Raises:
+        UsageError: before anything starts, for what cannot work.
+        RunError: a method is missing from the table, or all are.
+    """
+    check_launcher("compare")
+    methods = method_names(arguments.config, arguments.method)
+    first = resolve(f"{arguments.config}:{methods[0]}", arguments.overrides).config
+    num_folds = first.data.folds or 4 if arguments.folds is None else arguments.folds
+    check_numbers(arguments, num_folds)
+    num_runs = len(methods) * num_folds * arguments.repeats
+    slots, threads = divide_machine(first, num_runs, arguments.workers, arguments.parallel)
+    planned = plan_trials(
+        arguments.config,
+        methods,
+        arguments.trial,
+        arguments.overrides,
+        num_folds,
+        arguments.repeats,
+        threads,
+    )
+    every = {m: resolve(f"{arguments.config}:{m}", arguments.overrides).config for m in methods}
+    tests = {method: held_out_protocol(config) for method, config in every.items()}
+    held_out = tests[methods[0]]
+    _check_alike(planned, tests)
+    index = check_data(planned[methods[0]][0].folds[0], held_out)
+    folder = Path(first.run.root) / first.run.name / "comparison"
+    work = _Work(arguments.config, arguments.workers, slots, held_out)
+    with only_command(folder, "compare") as lock:
+        for trial in _all(planned):
+            for fold in trial.folds:
+                check_unchanged(fold)
+        failures = work.try_out(planned, lock) if len(planned[methods[0]]) > 1 else {}
+        chosen = {method: chosen_trial(trials) for method, trials in planned.items()}
+        failures |= work.finish([trial for trial in chosen.values() if trial is not None], lock)
+        reports: dict[str, Mapping[str, Any]] = {}
+        for method, trial in chosen.items():
+            if trial is None or any(finished_test(fold, held_out) is None for fold in trial.folds):
+                continue
+            place = trial.folds[0].folder.parent / FOLDER
+            reports[method] = write_report(place, index, trial.folds, held_out)
+        if not reports:
+            raise RunError(f"no method has finished: {'; '.join(failures.values())}")
+        comparison = build_comparison(planned, chosen, reports, failures)
+        write_json(folder / "comparison.json", comparison)
+        text = comparison_text(comparison)
+        write_text(folder / "table.md", text)
+        save_figure(comparison_picture(comparison), folder / "comparison.png")
+    print(f"\n{text}\ntable:    {folder / 'table.md'} (every number: comparison.json)")
+    print(f"picture:  {folder / 'comparison.png'}")
+    missing = [method for method in methods if method not in reports]
+    if missing:
+        raise RunError(
+            f"{', '.join(missing)} failed and {'is' if len(missing) == 1 else 'are'} not in the "
+            f"table ({'; '.join(failures.values())}); mend the reason and run the same command "
+            "again: what has finished stays"
+        )
+
+
+def _all(planned: Mapping[str, Sequence[Trial]]) -> Iterable[Trial]:
+    return (trial for trials in planned.values() for trial in trials)
+
+
+def _check_alike(
+    planned: Mapping[str, Sequence[Trial]], tests: Mapping[str, ProtocolConfig]
+) -> None:
+    """Refuse methods that differ in what must be the same for all.
+
+    Raises:
+        UsageError: with the first method that differs, and in what.
+    """
+    first = next(iter(planned.values()))[0]
+    ours = first.folds[0].config
+    for trial in _all(planned):
+        theirs = trial.folds[0].config
+        for key, one, other in (
+            ("run.name", _root_name(first), _root_name(trial)),
+            ("run.root", ours.run.root, theirs.run.root),
+            ("data.path", ours.data.path, theirs.data.path),
+            ("data.split", ours.data.split, theirs.data.split),
+            ("training.max_seconds", ours.training.max_seconds, theirs.training.max_seconds),
+            ("the tested splits", tests[first.method], tests[trial.method]),
+            ("the distance", ours.evaluation.distances, theirs.evaluation.distances),
+        ):
+            if one != other:
+                raise UsageError(
+                    f"{trial.name} has {key} {other!r} and {first.name} has {one!r}: a comparison "
+                    "has one for all; move it out of variants and trials"
+                )
+
+
+def _root_name(trial: Trial) -> str:
+    return str(Path(trial.folds[0].config.run.name).parents[2])
+
+
+class _Work:
+    """Runs trials and folds that are missing."""
+
+    def __init__(
+        self,
+        path: str,
+        workers: int,
+        slots: Sequence[Mapping[str, str]],
+        held_out: ProtocolConfig,
+    ) -> None:
+        self._path, self._workers, self._slots, self._held_out = path, workers, slots, held_out
+
+    def try_out(self, planned: Mapping[str, Sequence[Trial]], lock: int) -> dict[str, str]:
+        """Train every trial on the first fold. Returns what failed, by name."""
+        jobs, num_done = [], 0
+        for trial in _all(planned):
+            fold = trial.folds[0]
+            if best_score(fold) is None:
+                jobs.append(Job(f"{trial.name}/{fold.name}", (self._training(trial, fold),)))
+            else:
+                num_done += 1
+        return self._run(jobs, num_done, "trials", lock)
+
+    def finish(self, trials: Sequence[Trial], lock: int) -> dict[str, str]:
+        """Train and test every fold of the chosen trials. Returns what failed, by name."""
+        jobs, num_done = [], 0
+        for trial in trials:
+            for fold in trial.folds:
+                if finished_test(fold, self._held_out) is not None:
+                    num_done += 1
+                    continue
+                stages = [testing_stage(fold, self._held_out, self._workers)]
+                if best_score(fold) is None:
+                    stages.insert(0, self._training(trial, fold))
+                jobs.append(Job(f"{trial.name}/{fold.name}", tuple(stages)))
+        return self._run(jobs, num_done, "folds", lock)
+
+    def _training(self, trial: Trial, fold: Fold) -> Stage:
+        return training_stage([f"{self._path}:{trial.method}"], fold, self._workers)
+
+    def _run(self, jobs: Sequence[Job], num_done: int, what: str, lock: int) -> dict[str, str]:
+        print(
+            f"{what}: {len(jobs)} to run, {num_done} done before; {len(self._slots)} at a time, "
+            f"{self._workers} worker(s) each",
+            file=sys.stderr,
+            flush=True,
+        )
+        return run_jobs(jobs, self._slots, num_done, lock, keep_going=True, what=what)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("config", metavar="CONFIG", help="YAML file whose variants are the methods")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "--method",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a variant; give several (default: all)",
+    )
+    parser.add_argument(
+        "--trial",
+        action="append",
+        default=[],
+        metavar="'KEY=VALUE ...'",
+        help="settings that every method is tried with on the first fold; give several",
+    )
+    add_numbers(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the comparison. Returns the exit code."""
+    compare(arguments)
+    return 0
