@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from launching import BIN, ROOT, kill_tree, training_processes
 
+from dist_dml.tracking.run_files import last_status
+
 pytestmark = pytest.mark.slow
 
 
@@ -79,7 +81,7 @@ def test_killed_and_resumed_it_trains_nothing_twice_and_tests_only_what_was_chos
     killed = start(config_file, *methods)
     first = root / "classes" / "trial-0" / "fold-0"
     deadline = time.monotonic() + 90
-    while '"FINISHED"' not in (first / "artifacts.jsonl").read_text() if first.exists() else True:
+    while last_status(first).get("status") != "FINISHED":
         assert time.monotonic() < deadline, "no trial has ended"
         time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)
