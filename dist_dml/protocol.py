@@ -34,7 +34,7 @@ from dist_dml.protocol_launch import (
     testing_stage,
     training_stage,
 )
-from dist_dml.protocol_scores import concatenated_scores
+from dist_dml.protocol_scores import combination_scores, concatenated_scores
 from dist_dml.protocol_table import build_report, dataset_name, table_text
 from dist_dml.reference_tables import lines_for
 from dist_dml.whole_files import write_json, write_text
@@ -51,6 +51,11 @@ def protocol(arguments: argparse.Namespace) -> None:
         RunError: a fold failed.
     """
     config = resolve(arguments.config, arguments.overrides).config
+    if arguments.all_combinations and arguments.repeats == 1:
+        raise UsageError(
+            "--all-combinations takes folds from different repeats, and there is one; give "
+            "--repeats 3, as paper C does"
+        )
     num_folds = config.data.folds or 4 if arguments.folds is None else arguments.folds
     check_numbers(arguments, num_folds)
     check_launcher("protocol")
@@ -78,7 +83,8 @@ def protocol(arguments: argparse.Namespace) -> None:
             trains = training_stage([arguments.config], fold, arguments.workers)
             jobs.append(Job(fold.name, (trains, testing_stage(fold, held_out, arguments.workers))))
         run_jobs(jobs, slots, num_done, lock)
-        text = table_text(write_report(folder, index, folds, held_out))
+        every = arguments.all_combinations
+        text = table_text(write_report(folder, index, folds, held_out, every))
     print(f"\n{text}\ntable:  {folder / 'table.md'} (every number: protocol.json)")
 
 
@@ -92,7 +98,11 @@ def check_numbers(arguments: argparse.Namespace, num_folds: int) -> None:
 
 
 def write_report(
-    folder: Path, index: Index, folds: Sequence[Fold], held_out: ProtocolConfig
+    folder: Path,
+    index: Index,
+    folds: Sequence[Fold],
+    held_out: ProtocolConfig,
+    all_combinations: bool = False,
 ) -> dict[str, Any]:
     """Score the concatenations, write `protocol.json` and `table.md`, return what the first holds.
 
@@ -101,6 +111,7 @@ def write_report(
         index: of the whole data set.
         folds: all of all repeats, tested.
         held_out: what they were tested on.
+        all_combinations: concatenate folds of different repeats as well.
 
     Raises:
         RunError: a fold has no test.
@@ -117,8 +128,11 @@ def write_report(
             f"concatenated and scored in {time.monotonic() - began:.1f} s",
             file=sys.stderr,
         )
+    combined = []
+    if all_combinations:
+        combined = combination_scores([fold.folder for fold in folds], tests, num_folds)
     reference = lines_for(dataset_name(index), folds[0].config.loss.name)
-    report = build_report(index, folds, tests, concatenated, reference)
+    report = build_report(index, folds, tests, concatenated, reference, combined)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "protocol.json", report)
     write_text(folder / "table.md", table_text(report))
@@ -157,6 +171,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file, as of dist-dml train")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     add_numbers(parser)
+    parser.add_argument(
+        "--all-combinations",
+        action="store_true",
+        help="also concatenate folds of different repeats in all combinations, as paper C does",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dist_dml.data.progress import ProgressLine
 from dist_dml.errors import RunError
 from dist_dml.protocol_measure import read_embeddings
 from dist_dml.retrieval.distances import named_distance, unit_length
@@ -69,7 +72,9 @@ def concatenate(parts: Sequence[Embeddings]) -> Embeddings:
 
 
 def concatenated_scores(
-    folders: Sequence[Path], tests: Sequence[Mapping[str, Any]]
+    folders: Sequence[Path],
+    tests: Sequence[Mapping[str, Any]],
+    read: Callable[[Path], Embeddings] = read_embeddings,
 ) -> dict[str, float]:
     """The scores of the folds' concatenated embeddings, by cosine: 4 x 128-D make 512-D.
 
@@ -78,20 +83,46 @@ def concatenated_scores(
     Args:
         folders: of one repeat's folds, which hold the embeddings.
         tests: their `test.json`.
+        read: reads a file of embeddings.
     """
     protocol = tests[0]["protocol"]
 
     def split(name: str) -> Embeddings:
         parts = zip(folders, tests, strict=True)
-        return concatenate(
-            [read_embeddings(path / test["embeddings"][name]) for path, test in parts]
-        )
+        return concatenate([read(path / test["embeddings"][name]) for path, test in parts])
 
     queries = split(protocol["query"])
     gallery = split(protocol["gallery"]) if protocol["gallery"] else None
     cosine = named_distance("cosine")
     summary = summarise(score_slice(queries, gallery, slice(0, len(queries)), cosine, (1,)))
     return {name: summary[name] for name in SCORES}
+
+
+def combination_scores(
+    folders: Sequence[Path], tests: Sequence[Mapping[str, Any]], num_folds: int
+) -> list[dict[str, float]]:
+    """The scores of every concatenation that takes each fold from any of the repeats.
+
+    Paper C's `sample_runs.sh` reports their mean: 3 repeats of 4 folds make 81. They share their
+    folds, so that their spread is no error of the mean. Costs a search each, and holds all
+    embeddings.
+
+    Args:
+        folders: of all folds, one repeat after the other.
+        tests: their `test.json`.
+        num_folds: of a repeat.
+    """
+    repeats = len(folders) // num_folds
+    read = functools.cache(read_embeddings)
+    progress = ProgressLine("combinations of repeats", repeats**num_folds, "searches")
+    found = []
+    for chosen in itertools.product(range(repeats), repeat=num_folds):
+        places = [repeat * num_folds + fold for fold, repeat in enumerate(chosen)]
+        parts = [folders[place] for place in places], [tests[place] for place in places]
+        found.append(concatenated_scores(*parts, read))
+        progress.advance(1)
+    progress.finish()
+    return found
 
 
 def separated_scores(tests: Sequence[Mapping[str, Any]]) -> dict[str, float]:

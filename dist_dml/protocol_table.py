@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -20,6 +21,7 @@ def build_report(
     tests: Sequence[Mapping[str, Any]],
     concatenated: Sequence[Mapping[str, float]],
     reference: Sequence[str],
+    combined: Sequence[Mapping[str, float]] = (),
 ) -> dict[str, Any]:
     """Everything the table is made of, JSON-able; scores as shares, 0..1.
 
@@ -29,6 +31,7 @@ def build_report(
         tests: the `test.json` of each.
         concatenated: of each repeat.
         reference: lines of published results, see `dist_dml.reference_tables`.
+        combined: of every combination of repeats, where that was asked for.
     """
     config = folds[0].config
     num_folds = config.data.folds
@@ -61,6 +64,7 @@ def build_report(
             kind: {name: asdict(Spread.of([scores[name] for scores in every])) for name in SCORES}
             for kind, every in (("separated", separated), ("concatenated", concatenated))
         },
+        "combinations": [dict(scores) for scores in combined],
         "reference": list(reference),
     }
 
@@ -138,6 +142,14 @@ def _final_table(report: Mapping[str, Any]) -> str:
         spreads = [report["over_repeats"][kind][score] for score in SCORES]
         rows.append([name, *(_with_spread(spread) for spread in spreads)])
     repeats = len(report["repeats"])
+    combined = report["combinations"]
+    if combined:
+        means = [
+            percent(math.fsum(scores[name] for scores in combined) / len(combined))
+            for name in SCORES
+        ]
+        name = f"concatenated, mean of {len(combined)} combinations of repeats"
+        rows.append([name, *means])
     said = ""
     if repeats >= 3:
         said = f"\n\n± is the 95% interval of the mean over {repeats} repeats (Student's t)."

@@ -101,7 +101,7 @@ def loop(config: Config, run: TrainingRun, world: World, journal: Journal) -> No
         if proxies is not None and proxies.phases.finished:
             journal.say("proxies.run_patience without a gain: the run ends with its best weights")
             break
-        if proxies is not None and proxies.phases.choosing:  # Its time is time of training.
+        if proxies is not None:  # Its time is time of training.
             prepare_proxies(proxies, engine.embedder, run.index, plan.sample_ids, config, world)
         if batch.micro == 0 and batch.step % plan.steps_per_epoch == 0:
             facts = epoch_facts(plan, run.index.fingerprint, batch.step, run.total_steps)

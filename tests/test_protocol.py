@@ -37,7 +37,13 @@ from dist_dml.protocol_folds import (
 )
 from dist_dml.protocol_jobs import Job, Stage, last_words, run_jobs
 from dist_dml.protocol_measure import read_embeddings, write_embeddings
-from dist_dml.protocol_scores import SCORES, Spread, concatenate, concatenated_scores
+from dist_dml.protocol_scores import (
+    SCORES,
+    Spread,
+    combination_scores,
+    concatenate,
+    concatenated_scores,
+)
 from dist_dml.protocol_table import build_report, table_text
 from dist_dml.retrieval.embeddings import Embeddings
 
@@ -151,6 +157,7 @@ def arguments_of(*words: str) -> argparse.Namespace:
         (["--folds", "1"], "--folds 1"),
         (["--workers", "0"], "--workers 0"),
         (["--repeats", "0"], "--repeats 0"),
+        (["--all-combinations"], "give --repeats 3"),
         (["--folds", "9"], "has 4 training classes"),
         (["data.path=nowhere"], "data.path=nowhere"),
         (["evaluation.protocols=[{name: a, query: nothing}]"], "no samples of split 'nothing'"),
@@ -348,6 +355,22 @@ def test_the_concatenated_score_equals_brute_force(tmp_path: Path) -> None:
     assert np.linalg.norm(concatenate(parts).vectors, axis=1) == pytest.approx(1, abs=1e-6)
 
 
+def test_all_combinations_take_each_fold_from_any_repeat(tmp_path: Path) -> None:
+    parts = [embeddings(seed, 4) for seed in range(6)]
+    folders, tests = [], []
+    for i, part in enumerate(parts):
+        folders.append(tmp_path / str(i))
+        folders[-1].mkdir()
+        write_embeddings(folders[-1] / "e.npz", part)
+        protocol = {"query": "test", "gallery": ""}
+        tests.append({"protocol": protocol, "embeddings": {"test": "e.npz"}})
+    # Three repeats of two folds: 0 1, 2 3, 4 5.
+    found = combination_scores(folders, tests, 2)
+    pairs = [(first, second) for first in (0, 2, 4) for second in (1, 3, 5)]
+    for scores, (first, second) in zip(found, pairs, strict=True):
+        assert scores == pytest.approx(brute_force([parts[first], parts[second]]), abs=1e-12)
+
+
 def test_folds_that_embedded_different_images_are_not_concatenated() -> None:
     one = embeddings(0, 4)
     other = Embeddings(one.vectors, one.labels, one.ids + 1)
@@ -385,7 +408,8 @@ def test_the_table_has_mean_and_deviation_of_folds_and_the_interval_of_repeats(
     values = [0.2, 0.4, 0.3, 0.5, 0.4, 0.6]
     tests = [result_of(f.number, 5 + f.repeat, v) for f, v in zip(folds, values, strict=True)]
     together = [dict.fromkeys(SCORES, value) for value in (0.5, 0.6, 0.7)]
-    report = build_report(divisible, folds, tests, together, ["paper C  some row"])
+    combined = [dict.fromkeys(SCORES, value) for value in (0.1, 0.2, 0.3, 0.8)]
+    report = build_report(divisible, folds, tests, together, ["paper C  some row"], combined)
     text = table_text(json.loads(json.dumps(report)))
     assert report["name"] == "fair"
     assert [r["separated"]["map_at_r"] for r in report["repeats"]] == pytest.approx([0.3, 0.4, 0.5])
@@ -396,6 +420,7 @@ def test_the_table_has_mean_and_deviation_of_folds_and_the_interval_of_repeats(
     half = 100 * scipy.stats.t.ppf(0.975, 2) * 0.1 / 3**0.5
     assert f"40.00 ± {half:.2f}" in rows["separated (128-D, mean of 2)"]
     assert f"60.00 ± {half:.2f}" in rows["concatenated (256-D)"]
+    assert rows["concatenated, mean of 4 combinations of repeats"].count("35.00") == 3
     assert "0/1" in rows
     assert "2/0" in rows
     assert "paper C  some row" in text

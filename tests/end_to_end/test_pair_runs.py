@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from launching import Launcher
+
+from dist_dml.data.opening import open_index
+from dist_dml.data_config import DataConfig
 
 pytestmark = pytest.mark.slow
 
@@ -52,3 +57,35 @@ def test_what_a_loss_of_pairs_cannot_do_is_refused_before_the_first_step(
     assert asked.exit_code == 2
     assert "evaluation.distances" in asked.error_lines[0]
     assert "c2" in asked.error_lines[0]
+
+
+def test_relative_labels_train_on_any_number_of_workers_and_their_file_is_checked_first(
+    launcher: Launcher, data: Path, tmp_path: Path
+) -> None:
+    names = open_index(DataConfig(path=str(data))).class_names
+    sets = tmp_path / "sets.csv"
+    rows = [
+        f"{name},{i % 3},{'few' if i < 2 else 'many' * (i < 9)}" for i, name in enumerate(names)
+    ]
+    sets.write_text("\n".join(["class,third,part", *rows]))
+    every = ["loss.name=spce", f"loss.label_sets={sets}", "data.order=shuffled"]
+    every += ["training.max_steps=4"]
+    alone = launcher.run("python", 1, *every, "run.name=alone")
+    assert alone.exit_code == 0, alone.output
+    three = launcher.run("torchrun", 3, *every, "run.name=three")
+    assert three.exit_code == 0, three.output
+    losses = launcher.losses("alone")
+    assert list(losses) == [1, 2, 3, 4]
+    assert launcher.losses("three") == pytest.approx(losses, rel=2e-5)
+    # By class it is another loss.
+    plain = launcher.run("python", 1, "loss.name=spce", "training.max_steps=1", "run.name=plain")
+    assert plain.exit_code == 0, plain.output
+    assert launcher.losses("plain")[1] != pytest.approx(losses[1], rel=1e-3)
+
+    sets.write_text("\n".join(["class,third,part", *rows[1:]]))
+    missing = launcher.run("torchrun", 2, *every, "run.name=missing")
+    assert missing.exit_code != 0
+    assert f"no row for class '{names[0]}'" in missing.error_lines[0]
+    asked = launcher.run("python", 1, f"loss.label_sets={sets}", "run.name=asked")
+    assert asked.exit_code == 2
+    assert "label_sets" in asked.error_lines[0]

@@ -22,10 +22,14 @@ from dist_dml.engine import build_engine
 from dist_dml.errors import UsageError
 from dist_dml.loss_config import LossConfig
 from dist_dml.loss_tables import PAIR_LOSSES
+from dist_dml.losses.pair_objectives import LabelSets
+from dist_dml.losses.pairs import PairLoss
+from dist_dml.losses.pairwise_cross_entropy import SPCE
 from dist_dml.models.embedder import build_embedder
 from dist_dml.parallel.class_partition import ClassPartition
 from dist_dml.parallel.heads import Head
 from dist_dml.parallel.pair_head import PairHead
+from dist_dml.parallel.pair_parallel import pair_parallel_loss
 from dist_dml.parallel.world import Ranks, World
 
 B, C, D, STEPS = 16, 5, 6, 4
@@ -46,8 +50,13 @@ CASES: dict[str, dict[str, Any]] = {
         "triplet_margin": 0.3,
     },
     "multi-similarity, mined": {"name": "multi_similarity", "mining_epsilon": 0.1},
+    "spce, relative labels": {"name": "spce", "label_sets": "two"},
+    "c2, relative labels": {"name": "c2", "label_sets": "two"},
     "snca, inner products": {"name": "snca", "comparison": "inner", "temperature": 0.7},
 }
+
+# Of the 5 classes: two sets and a class in none; three sets.
+TWO_LABELLINGS = LabelSets(torch.tensor([[0, 0, 1, 1, -100], [2, 0, 1, 0, 1]]), (2, 3))
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -63,7 +72,8 @@ def head_of(
 ) -> PairHead:
     partition = ClassPartition.of_worker(rank, size, C, group)
     config = LossConfig.model_validate({"block_mebibytes": 0.01, **settings})
-    return PairHead(config, D, partition, B, dtype=torch.float64)
+    sets = TWO_LABELLINGS if config.label_sets else None
+    return PairHead(config, D, partition, B, dtype=torch.float64, label_sets=sets)
 
 
 def steps_of(
@@ -233,3 +243,28 @@ def test_settings_that_do_not_fit_are_refused(settings: list[str], named: str) -
         resolve(None, settings)
     assert named in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_relative_labels_add_up_the_losses_of_their_labellings() -> None:
+    rows, labels = batch(0)
+    counts = ROW_COUNTS[1]
+
+    def value(settings: dict[str, Any], of_rows: Tensor) -> Tensor:
+        return head_of(settings)(rows, of_rows, counts, B, factor=1.0, last=True).loss
+
+    known = torch.where(labels < 0, 0, labels)
+    columns = [torch.where(labels < 0, -100, sets[known]) for sets in TWO_LABELLINGS.sets]
+    # SPCE sums over the sets of a labelling: as many classes as that has.
+    found = value({"name": "spce", "label_sets": "two"}, labels)
+    rows_only = [
+        pair_objective_value(SPCE(count), rows, column)
+        for column, count in zip(columns, TWO_LABELLINGS.counts, strict=True)
+    ]
+    torch.testing.assert_close(found, torch.stack(rows_only).sum())
+    c2 = value({"name": "c2", "label_sets": "two"}, labels)
+    torch.testing.assert_close(c2, sum(value({"name": "c2"}, column) for column in columns))
+    assert head_of({"name": "c2", "label_sets": "two"}).parts(rows, labels) is None
+
+
+def pair_objective_value(loss: PairLoss, rows: Tensor, labels: Tensor) -> Tensor:
+    return pair_parallel_loss(rows, labels, ROW_COUNTS[1], loss, None, None, 1.0, -100)
