@@ -45,6 +45,7 @@ def ccp_plan(config: ProxyConfig) -> CcpPlan:
         patience_unit=config.patience_unit,
         least_gain=config.least_gain,
         reset_moments=config.reset_moments,
+        warmup_steps=config.warmup_steps,
     )
 
 
@@ -56,7 +57,7 @@ class CcpPhases:
     """
 
     def __init__(self, plan: CcpPlan) -> None:
-        self.plan, self.state = plan, CcpState()
+        self.plan, self.state = plan, plan.begin()
         self._weights: dict[str, dict[str, Tensor]] = {}
 
     def advance(self, event: CcpEvent) -> None:
@@ -115,6 +116,11 @@ class CcpPhases:
     def choosing(self) -> bool:
         """Whether new proxies are to be chosen before the next step."""
         return self.state.phase in ("draw", "choose")
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether there are no proxies yet."""
+        return self.state.phase == "warm"
 
     @property
     def evaluation_due(self) -> bool:

@@ -29,7 +29,8 @@ class ProxyConfig(Section):
     pool: Literal["bank", "passes"] = "bank"
     """`bank`: the latest embeddings of each class, kept during training, which cost nothing.
     `passes`: augmented images, embedded anew for each problem as in the paper's code: on SOP that
-    is an epoch of inference. The first problem's proxies come from passes either way.
+    is an epoch of inference. The first problem's proxies come from passes either way, unless there
+    is a warm-up.
     """
     center_distance: Literal["l2", "cosine"] = "l2"
     """What k-center measures: raw embeddings, as the paper's code, or their directions."""
@@ -59,6 +60,11 @@ class ProxyConfig(Section):
     """
     least_gain: Positive = 1e-5
     """What a score must be better by to count as a gain."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of the loss among the batch's rows alone before the first proxies are chosen: then they
+    come from the bank, if there is one. 0 as in paper C, which begins from pretrained weights: an
+    untrained network's embeddings cover nothing.
+    """
     reset_moments: bool = False
     """Whether the optimizer forgets new proxies' predecessors; the paper's code keeps the moments.
 

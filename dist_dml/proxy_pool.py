@@ -64,7 +64,7 @@ def prepare_proxies(
     if not phases.choosing:
         return False
     problem, plan = phases.state.problem, phases.plan
-    if head.bank is not None and problem > 0:
+    if head.bank is not None and plan.from_bank(problem):
         rows, filled = head.bank.rows, head.bank.filled
     else:
         embedder.eval()

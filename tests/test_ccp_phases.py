@@ -150,9 +150,10 @@ def test_every_key_reaches_the_plan() -> None:
         "patience_unit": "steps",
         "least_gain": 0.2,
         "reset_moments": True,
+        "warmup_steps": 8,
     }
     plan = ccp_plan(ProxyConfig.model_validate(values))
-    assert plan == CcpPlan(3, 9, "passes", "cosine", 0.0, 0.7, 0.9, 6, 5, 4, "steps", 0.2, True)
+    assert plan == CcpPlan(3, 9, "passes", "cosine", 0.0, 0.7, 0.9, 6, 5, 4, "steps", 0.2, True, 8)
     assert ccp_plan(ProxyConfig(per_class=8)) == CcpPlan()  # The same defaults.
     assert {*values, "transform"} == set(ProxyConfig.model_fields)
 

@@ -22,7 +22,7 @@ from dist_dml.errors import RunError, UsageError
 from dist_dml.losses.k_center import CenterDistance
 from dist_dml.losses.pairs import AnchorLoss, PairLoss, compare, pairs_of
 
-CcpPhase = Literal["draw", "choose", "train", "evaluate", "finished"]
+CcpPhase = Literal["warm", "draw", "choose", "train", "evaluate", "finished"]
 CcpOrder = Literal["move_anchor", "reset_moments", "keep_solution", "keep_model", "restore_model"]
 
 
@@ -102,7 +102,7 @@ class CcpPlan:
         pool: `bank` takes the b latest embeddings of each class from those kept during training;
             `passes` embeds b augmented images of each class anew, as the code does: an epoch of
             inference for each problem on SOP, where the supplement reports 0.4 s. Hence `bank`.
-            The first problem's pool is drawn by passes either way.
+            The first problem's pool is drawn by passes either way, unless there is a warm-up.
         center_distance: the code measures raw vectors (`l2`) although the loss normalises.
         batch_weight: of the loss among the batch's own rows: 0.1 in the code, 0 (none) in the
             supplement. The loss against proxies has weight 1.
@@ -115,6 +115,8 @@ class CcpPlan:
             evaluation, before any problem can converge; hence the code's `evaluations`.
         least_gain: a score counts as better if it is larger by more than this.
         reset_moments: whether the optimizer forgets re-chosen proxies; the code keeps the moments.
+        warmup_steps: of the loss among the batch's rows alone, before the first pool. The paper's
+            weights are pretrained; embeddings of an untrained network cover nothing.
     """
 
     proxies: int = 8
@@ -130,6 +132,7 @@ class CcpPlan:
     patience_unit: Literal["evaluations", "steps"] = "evaluations"
     least_gain: float = 1e-5
     reset_moments: bool = False
+    warmup_steps: int = 0
 
     def __post_init__(self) -> None:
         """Refuses counts below 1."""
@@ -149,9 +152,16 @@ class CcpPlan:
         return self.pool_size if enough else self.pool_size * self.proxies
 
     def draws_at(self, problem: int) -> int:
-        """`PoolDrawn` events until a pool is full. The first pool is never the bank's: it holds
-        nothing before training."""
-        return 1 if self.pool == "bank" and problem > 0 else self.pool_places
+        """`PoolDrawn` events until a pool is full."""
+        return 1 if self.from_bank(problem) else self.pool_places
+
+    def from_bank(self, problem: int) -> bool:
+        """Whether a pool is the bank's, which holds nothing before training."""
+        return self.pool == "bank" and (problem > 0 or self.warmup_steps > 0)
+
+    def begin(self) -> CcpState:
+        """The state before anything has happened."""
+        return CcpState(phase="warm" if self.warmup_steps else "draw")
 
     def projection_at(self, problem: int) -> float:
         """lambda_t: 0 for the first problem, which has no last solution."""
@@ -242,6 +252,7 @@ class Evaluated:
 
 CcpEvent = PoolDrawn | ProxiesChosen | StepDone | Evaluated
 _AWAITED: dict[CcpPhase, type[CcpEvent]] = {
+    "warm": StepDone,
     "draw": PoolDrawn,
     "choose": ProxiesChosen,
     "train": StepDone,
@@ -268,6 +279,9 @@ def next_phase(state: CcpState, event: CcpEvent, plan: CcpPlan) -> CcpState:
         case ProxiesChosen():
             orders = ("reset_moments",) if plan.reset_moments and state.problem > 0 else ()
             return replace(state, phase="train", draws=0, orders=orders)
+        case StepDone() if state.phase == "warm":
+            over = state.step + 1 >= plan.warmup_steps
+            return replace(state, step=state.step + 1, phase="draw" if over else "warm")
         case StepDone():
             since = state.steps_since + 1
             phase = "evaluate" if since >= plan.evaluate_every else "train"

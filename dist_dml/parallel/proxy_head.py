@@ -36,6 +36,8 @@ class ProxyHead:
 
         batch_weight * loss(batch, batch) + loss(batch, all proxies)
 
+    and, while it warms up, in loss(batch, batch) alone.
+
     Equal to one process that holds all proxies, in value and gradients, proxies and bank included.
     Proxies are trained by the embedder's kind of optimizer, with `optimizer.class_multiplier` and
     `class_weight_decay`, as raw vectors that the loss transforms.
@@ -77,7 +79,7 @@ class ProxyHead:
         block_sizes(
             max_rows, partition.size, config.per_class, loss.block_mebibytes, dtype.itemsize
         )
-        if config.batch_weight > 0:
+        if config.batch_weight > 0 or config.warmup_steps > 0:
             anchors_of_block(max_rows, loss.block_mebibytes, dtype.itemsize)
         shape = (partition.size, config.per_class, embedding_dim)
         self.proxies = nn.Parameter(torch.zeros(shape, dtype=dtype, device=device))
@@ -118,7 +120,8 @@ class ProxyHead:
                 f"proxies.per_class={self.config.per_class} needs the rows of a batch together: it "
                 "takes training.accumulate=1"
             )
-        assert self.phases.state.phase == "train", f"a step in phase {self.phases.state.phase!r}"
+        phase = self.phases.state.phase
+        assert phase in ("warm", "train"), f"a step in phase {phase!r}"
         group, ignored = self.partition.group, self.loss.ignore_index
         rows = embeddings.to(self._dtype)
         raw = gather_uneven(rows.detach(), row_counts, group)
@@ -132,15 +135,18 @@ class ProxyHead:
             ignored,
         )
         moved = self.transform(rows)
-        total = proxy_parallel_loss(
-            moved, self.transform(raw), all_labels, self.proxies, self.present, problem
-        )
-        if self.config.batch_weight > 0:
+        weight = 1.0 if self.phases.warming_up else self.config.batch_weight
+        total = torch.zeros((), dtype=rows.dtype, device=rows.device)
+        if not self.phases.warming_up:
+            total = proxy_parallel_loss(
+                moved, self.transform(raw), all_labels, self.proxies, self.present, problem
+            )
+        if weight > 0:
             for loss in self.objective.losses:
                 among = pair_parallel_loss(
                     moved, labels, row_counts, loss, group, None, self.loss.block_mebibytes, ignored
                 )
-                total = total + self.config.batch_weight * among
+                total = total + weight * among
         self._pending, self._factor = (raw, all_labels), factor
         return ObjectiveOutput(total, None)
 
@@ -152,10 +158,11 @@ class ProxyHead:
 
     def step_done(self) -> None:
         """Update the proxies, and the bank with the batch's embeddings as they came."""
-        assert self.proxies.grad is not None, "step_done without a backward"
-        assert self._pending is not None
-        self.optimizer.step_from(self.proxies.grad, None, self._factor)
-        self.proxies.grad = None
+        assert self._pending is not None, "step_done without a step"
+        if not self.phases.warming_up:
+            assert self.proxies.grad is not None, "step_done without a backward"
+            self.optimizer.step_from(self.proxies.grad, None, self._factor)
+            self.proxies.grad = None
         if self.bank is not None:
             self.bank.push(*self._pending, self.loss.ignore_index)
         self._pending = None

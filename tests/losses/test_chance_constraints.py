@@ -317,3 +317,20 @@ def test_events_out_of_turn_and_scores_that_are_no_numbers_are_refused() -> None
         CcpState.from_json({k: v for k, v in CcpState().as_json().items() if k != "problem_best"})
     with pytest.raises(UsageError, match="proxies: got 0"):
         CcpPlan(proxies=0)
+
+
+def test_a_warm_up_is_steps_alone_and_fills_the_first_pool() -> None:
+    plan = CcpPlan(proxies=2, pool_size=3, evaluate_every=2, warmup_steps=2)
+    state = plan.begin()
+    assert state.phase == "warm"
+    state = next_phase(state, StepDone(), plan)
+    assert (state.phase, state.step) == ("warm", 1)
+    state = next_phase(state, StepDone(), plan)
+    assert (state.phase, state.step, state.steps_since) == ("draw", 2, 0)
+    assert (plan.from_bank(0), plan.draws_at(0)) == (True, 1)
+    state = next_phase(state, PoolDrawn(), plan)
+    assert state.phase == "choose"
+    by_passes = replace(plan, pool="passes")
+    assert (by_passes.from_bank(0), by_passes.draws_at(0)) == (False, 3)
+    assert CcpPlan().begin() == CcpState()
+    assert not CcpPlan().from_bank(0)

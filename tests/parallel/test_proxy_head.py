@@ -367,3 +367,31 @@ def test_a_step_holds_its_blocks_and_not_all_pairs(name: str) -> None:
     budget, of_both = mebibytes * 2**20, 4 * width * (num_rows + num_classes * per_class)
     assert 0.3 * budget < counter.peak <= budget + 4 * of_both + 256 * num_rows
     assert counter.peak < num_rows * num_classes * per_class  # Not even a mask would fit.
+
+
+def test_while_it_warms_up_rows_meet_each_other_alone_and_fill_the_bank() -> None:
+    rows, labels, _, _ = problem()
+    head = build_head(LOSSES["c2"], ClassPartition(0, C, C), warmup_steps=2, batch_weight=0.3)
+    for step in range(2):
+        leaf = rows.clone().requires_grad_()
+        found = head(leaf, labels, (B,), B, factor=1.0, last=True)
+        wanted = sum(
+            pair_parallel_loss(unit_ball(rows), labels, (B,), part, None, None, 64.0, IGNORED)
+            for part in head.objective.losses
+        )
+        torch.testing.assert_close(found.loss, wanted)
+        found.loss.backward()
+        head.step_done()
+        assert head.proxies.count_nonzero() == 0, step
+    # The first proxies are the bank's: no image is embedded for them.
+    assert head.phases.choosing
+    assert head.bank is not None
+    head.phases.advance(PoolDrawn())
+    head.choose(head.bank.rows, head.bank.filled)
+    there = torch.zeros(C, dtype=torch.bool)
+    there[labels[labels != IGNORED]] = True
+    assert torch.equal(head.present, there)
+    leaf = rows.clone().requires_grad_()
+    head(leaf, labels, (B,), B, factor=1.0, last=True).loss.backward()
+    head.step_done()
+    assert head.phases.state.steps_since == 1
