@@ -39,7 +39,7 @@ from dist_dml.parallel.world import World
 from dist_dml.whole_files import sync_folder
 
 _EMBEDDER, _OPTIMIZER = "embedder.safetensors", "optimizer.safetensors"
-_SHARED = "shared.safetensors"
+SHARED = "shared.safetensors"
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def save_checkpoint(
         tensors[_EMBEDDER] = dict(engine.embedder.state_dict())
         tensors[_OPTIMIZER] = optimizer_state
         if shared := head.shared_tensors():
-            tensors[_SHARED] = shared
+            tensors[SHARED] = shared
     partition = head.partition
     class_file = f"classes-{world.rank:05d}-of-{world.size:05d}.safetensors"
     tensors[class_file] = head.shard_tensors()
@@ -91,7 +91,9 @@ def save_checkpoint(
             parts,
             files,
         )
-        _agree(world, lambda: _finish(temporary, final, manifest) if world.is_first else None)
+        _agree(
+            world, lambda: finish_checkpoint(temporary, final, manifest) if world.is_first else None
+        )
     except RunError:
         # All have agreed to give up. Removed earlier, the folder would vanish under a worker that
         # still writes, whose own error would then hide the reason.
@@ -131,14 +133,14 @@ def _write_files(
         # Tensors may be views of one another's storage (DDP's buckets), which is refused.
         on_cpu = {key: value.detach().cpu().contiguous() for key, value in values.items()}
         save_file(on_cpu, temporary / name)
-        entries[name] = _flushed_entry(temporary / name)
+        entries[name] = flushed_entry(temporary / name)
     if world.is_first:
         (temporary / "config.yaml").write_text(contents.config_yaml, encoding="utf-8")
-        entries["config.yaml"] = _flushed_entry(temporary / "config.yaml")
+        entries["config.yaml"] = flushed_entry(temporary / "config.yaml")
     return entries
 
 
-def _flushed_entry(path: Path) -> dict[str, Any]:
+def flushed_entry(path: Path) -> dict[str, Any]:
     """Bytes and checksum of a file that has reached the disk."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())
@@ -146,13 +148,13 @@ def _flushed_entry(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def _finish(temporary: Path, final: Path, manifest: Manifest) -> None:
+def finish_checkpoint(temporary: Path, final: Path, manifest: Manifest) -> None:
     """Manifest last, then the rename that makes the checkpoint visible, each flushed to disk."""
     path = temporary / MANIFEST
     contents = asdict(manifest)
     contents["sha256"] = manifest_checksum(contents)
     path.write_text(json.dumps(contents, indent=1), encoding="utf-8")
-    _flushed_entry(path)
+    flushed_entry(path)
     sync_folder(temporary)
     if final.exists():  # A resumed run has come to a step that was saved before.
         shutil.rmtree(final)
@@ -203,4 +205,4 @@ def load_head(checkpoint: Path, manifest: Manifest, head: Head) -> None:
     # What has been filled is copied onto itself; the rest is this function's to place.
     head.load_shard_tensors(found)
     if head.shared_tensors():
-        head.load_shared_tensors(load_file(checkpoint / _SHARED))
+        head.load_shared_tensors(load_file(checkpoint / SHARED))

@@ -20,6 +20,9 @@ COMMANDS = {
     "reference": ("dist_dml.reference_command", "published results of papers A, B and C"),
     "estimate": ("dist_dml.estimate", "memory and time of a run on machines that you name"),
     "config": ("dist_dml.config_command", "show, diff or describe configurations"),
+    "classes carry": ("dist_dml.class_carry", "go on with other classes: new, dropped, merged"),
+    "classes export": ("dist_dml.class_export", "class weights to Parquet or safetensors"),
+    "classes import": ("dist_dml.class_import", "class weights from files, Partial FC's too"),
     "pack glyphs": ("dist_dml.data.pack.glyphs", "draw characters of the installed typefaces"),
     "pack folder": ("dist_dml.data.pack.folder", "pack a class_name/image.jpg tree"),
     "pack cifar": ("dist_dml.data.pack.cifar", "pack CIFAR-10 or CIFAR-100's binary archive"),
@@ -40,7 +43,7 @@ COMMANDS = {
     "track": ("dist_dml.tracking.sync_command", "send what MLflow has missed"),
     "ui": ("dist_dml.tracking.ui_command", "open the MLflow UI on this machine"),
 }
-GROUPS = ("pack",)
+GROUPS = ("pack", "classes")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

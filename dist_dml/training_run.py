@@ -78,7 +78,7 @@ def prepare(config: Config, world: World) -> TrainingRun:
     num_classes = config.data.num_classes or index.num_classes
     index.check_labels(config.data.split, num_classes)
     check_evaluation(index, config, num_classes, world.ranks.local_size)
-    plan, facts = _plan(config, index)
+    plan, facts = planned(config, index)
     plan.check_rows(world.size)
     partition = ClassPartition.of_worker(world.rank, world.size, num_classes, world.group)
     total_steps = config.training.epochs * plan.steps_per_epoch
@@ -103,7 +103,8 @@ def prepare(config: Config, world: World) -> TrainingRun:
     return TrainingRun(folder, index, plan, total_steps, engine, head, start, facts)
 
 
-def _plan(config: Config, index: Index) -> tuple[Plan, dict[str, Any]]:
+def planned(config: Config, index: Index) -> tuple[Plan, dict[str, Any]]:
+    """The plan of the training samples, and what their order depends on."""
     plan = open_plan(index, config.data, config.training.accumulate, config.run.seed)
     facts = {
         "fingerprint": index.fingerprint,
@@ -202,9 +203,8 @@ def _place_in_plan(
             "the same data and order, set run.accept_changed_data=true to go on at the same share "
             "of the epoch, or start a new run.name"
         )
+    step = step_in_plan(manifest.progress.step, manifest.plan, facts)
     before = manifest.plan.get("steps_per_epoch", facts["steps_per_epoch"])
-    epoch, within = divmod(manifest.progress.step, before)
-    step = epoch * facts["steps_per_epoch"] + within * facts["steps_per_epoch"] // before
     if world.is_first:
         print(
             f"note: going on from {path.name} in a changed order of samples ({changes}): step "
@@ -213,6 +213,13 @@ def _place_in_plan(
             file=sys.stderr,
         )
     return replace(manifest.progress, step=step)
+
+
+def step_in_plan(step: int, before: dict[str, Any], now: dict[str, Any]) -> int:
+    """The step of a changed plan at the same share of the same epoch."""
+    steps = before.get("steps_per_epoch", now["steps_per_epoch"])
+    epoch, within = divmod(step, steps)
+    return epoch * now["steps_per_epoch"] + within * now["steps_per_epoch"] // steps
 
 
 def _check_state(path: Path, config: Config) -> None:

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch.utils.data import DataLoader
 
 from dist_dml.data.batch_making import Batch, BatchMaker, Made, Request
@@ -110,7 +111,22 @@ def evaluation_batches(
         UsageError: before the first batch, if the split is empty or unknown.
         RunError: the storage failed, or a loader process died.
     """
-    ids = index.select(split)
+    return image_batches(index, index.select(split), config, batch_size, rank, num_workers)
+
+
+def image_batches(
+    index: Index,
+    ids: Int[np.ndarray, " n"],
+    config: DataConfig,
+    batch_size: int,
+    rank: int = 0,
+    num_workers: int = 1,
+) -> Iterator[Batch]:
+    """As `evaluation_batches`, of these samples in their order.
+
+    Raises:
+        RunError: the storage failed, or a loader process died.
+    """
     mine = worker_slice(len(ids), rank, num_workers)
     sizes = row_counts(len(ids), num_workers)
 

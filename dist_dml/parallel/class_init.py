@@ -6,7 +6,7 @@ Dimensions: c classes of this worker, D features of a class, those of all its ce
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dist_dml.keyed_random import key_of, keyed_normal, row_keys
@@ -23,9 +23,15 @@ def initial_weight(
     weight = torch.zeros(partition.size, embedding_dim, dtype=dtype)
     if std == 0:
         return weight
-    key = key_of(seed, "class weight")
     for start in range(0, partition.size, _INIT_ROWS):
         rows = weight[start : start + _INIT_ROWS]
         ids = torch.arange(len(rows)) + (partition.start + start)
-        rows.copy_(keyed_normal(row_keys(key, ids), embedding_dim) * std)
+        rows.copy_(initial_rows(ids, embedding_dim, std, seed))
     return weight
+
+
+def initial_rows(
+    ids: Int[Tensor, " n"], embedding_dim: int, std: float, seed: int
+) -> Float[Tensor, "n D"]:
+    """Those of some classes, by their ids."""
+    return keyed_normal(row_keys(key_of(seed, "class weight"), ids), embedding_dim) * std
