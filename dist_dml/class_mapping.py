@@ -113,7 +113,8 @@ def map_classes(
 
 
 def _places(wanted: pa.Array, among: pa.Array) -> Int[np.ndarray, " n"]:
-    found = pc.index_in(wanted, value_set=among)
+    # Functions of pyarrow.compute are made when it is imported.
+    found = pc.index_in(wanted, value_set=among)  # pyright: ignore[reportAttributeAccessIssue]
     return pc.fill_null(found, NONE).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
