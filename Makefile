@@ -45,7 +45,7 @@ demo: $(READY)
 
 test: $(READY)
 	@echo "== test: everything but the slow tests"
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --durations=15
 
 test-slow: $(READY)
 	@echo "== test-slow: several processes, injected faults, documented commands"

@@ -98,10 +98,14 @@ def trained(
         (2, ()),
         (3, ()),
         (3, ("loss.similarity=cosine", "loss.scale=16", "optimizer.clip_norm=0.1")),
-        (3, ("training.accumulate=3",)),
+        pytest.param(3, ("training.accumulate=3",), marks=pytest.mark.slow),
         (3, ("loss={name: l2, p: 0.5, a: 0.21, init_std: 0.3}", "training.accumulate=2")),
-        (3, ("loss={name: soft_triple, centres: 2, init_std: 0.3}", "training.accumulate=2")),
-        (2, ("loss={name: adaface, scale: 8, init_std: 0.3}",)),
+        pytest.param(
+            3,
+            ("loss={name: soft_triple, centres: 2, init_std: 0.3}", "training.accumulate=2"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(2, ("loss={name: adaface, scale: 8, init_std: 0.3}",), marks=pytest.mark.slow),
         (3, ("loss={name: proxy_anchor, init_std: 0.3}",)),
     ],
 )

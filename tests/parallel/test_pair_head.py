@@ -106,7 +106,7 @@ def all_cases(rank: int, size: int, group: ProcessGroup) -> dict[Any, list[tuple
     return results
 
 
-@pytest.mark.parametrize("num_workers", [2, 4])
+@pytest.mark.parametrize("num_workers", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_workers_train_as_one_process_with_the_whole_batch(
     num_workers: int, tmp_path: Path
 ) -> None:
