@@ -5,7 +5,6 @@ Dimensions: C old classes, N new ones, M further sources of merged classes.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Int
 
+from dist_dml.data.csv_rows import csv_rows
 from dist_dml.errors import UsageError
 
 NONE = -1
@@ -137,23 +137,11 @@ def read_renames(path: str) -> list[tuple[str, str]]:
     Raises:
         UsageError: it cannot be read, or says something else.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise UsageError(
-            f"--mapping {path} cannot be read ({reason}); give a CSV file with the header old,new"
-        ) from None
-    rows = list(csv.reader(lines))
-    if not rows or rows[0] != _HEAD:
-        head = ",".join(rows[0]) if rows else ""
-        raise UsageError(f"--mapping {path} begins with {head!r}; expected the header old,new")
     pairs = []
-    for number, row in enumerate(rows[1:], 2):
-        if row and len(row) != 2:
+    for where, row in csv_rows(Path(path)):
+        if list(row) != _HEAD:
             raise UsageError(
-                f"--mapping {path}, line {number} has {len(row)} cells; expected old,new"
+                f"{where} of --mapping: the header is {','.join(row)}; expected {','.join(_HEAD)}"
             )
-        if row:
-            pairs.append((row[0], row[1].strip()))
+        pairs.append((row["old"], row["new"].strip()))
     return pairs

@@ -51,8 +51,8 @@ def test_names_that_nobody_has_are_refused(pair: tuple[str, str], said: str) -> 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("a,b\n", "begins with 'a,b'"),
-        ("old,new\nx\n", "line 2 has 1 cells"),
+        ("a,b\nx,y\n", "the header is a,b; expected old,new"),
+        ("old,new\nx\n", "line 2: has 1 columns, the header 2"),
         (None, "No such file"),
     ],
 )

@@ -5,13 +5,13 @@ A class of the index is then the finest thing that is told apart; it may have a 
 
 from __future__ import annotations
 
-import csv
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from dist_dml.data.csv_rows import csv_rows
 from dist_dml.errors import UsageError
 from dist_dml.losses.pair_objectives import LabelSets
 
@@ -33,8 +33,8 @@ def read_label_sets(path: str, class_names: Sequence[str], ignored: int) -> Labe
         UsageError: the file cannot be read or has no columns, a class is missing or is there twice,
             or a column has fewer than two sets.
     """
-    found = _read(path)
-    missing = [name for name in class_names if name not in found.sets]
+    names, of_class = _read(path)
+    missing = [name for name in class_names if name not in of_class]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UsageError(
@@ -42,8 +42,8 @@ def read_label_sets(path: str, class_names: Sequence[str], ignored: int) -> Labe
             "split; give each class a row (empty cells put it into no set)"
         )
     columns, counts = [], []
-    for place, column in enumerate(found.columns):
-        texts = [found.sets[name][place] for name in class_names]
+    for place, column in enumerate(names):
+        texts = [of_class[name][place] for name in class_names]
         # A number that stands for no set is passed over.
         free = (number for number in itertools.count() if number != ignored)
         numbers = dict(zip(sorted(set(texts) - {""}), free, strict=False))
@@ -57,40 +57,26 @@ def read_label_sets(path: str, class_names: Sequence[str], ignored: int) -> Labe
     return LabelSets(torch.tensor(columns, dtype=torch.int64), tuple(counts))
 
 
-class _File:
-    def __init__(self, columns: Sequence[str]) -> None:
-        self.columns = columns
-        self.sets: dict[str, list[str]] = {}
-
-
-def _read(path: str) -> _File:
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+def _read(path: str) -> tuple[tuple[str, ...], dict[str, list[str]]]:
+    """The columns after `class`, and the sets of each class in them."""
+    columns: tuple[str, ...] = ()
+    found: dict[str, list[str]] = {}
+    for where, row in csv_rows(Path(path)):
+        head, *rest = row
+        if head != _CLASS or not rest:
+            raise UsageError(
+                f"loss.label_sets={path} has the header {','.join(row)}; expected "
+                f"{_CLASS},NAME,... with a name for each column of sets"
+            )
+        if row[_CLASS] in found:
+            raise UsageError(
+                f"{where} of loss.label_sets: class {row[_CLASS]!r} is there twice; keep one"
+            )
+        columns = tuple(rest)
+        found[row[_CLASS]] = [row[name].strip() for name in rest]
+    if not found:
         raise UsageError(
-            f"loss.label_sets={path} cannot be read ({reason}); give the path of a CSV file with "
-            f"the header {_CLASS},NAME,..."
-        ) from None
-    rows = list(csv.reader(text.splitlines()))
-    head = rows[0] if rows else []
-    if head[:1] != [_CLASS] or len(head) < 2:
-        raise UsageError(
-            f"loss.label_sets={path} begins with {','.join(head)!r}; expected the header "
-            f"{_CLASS},NAME,... with a name for each column of sets"
+            f"loss.label_sets={path} has no rows; give each class one, below the header "
+            f"{_CLASS},NAME,..."
         )
-    file = _File(head[1:])
-    for number, row in enumerate(rows[1:], 2):
-        if not row:
-            continue
-        if len(row) != len(head):
-            raise UsageError(
-                f"loss.label_sets={path}, line {number} has {len(row)} cells, and the header has "
-                f"{len(head)}; mend it there"
-            )
-        if row[0] in file.sets:
-            raise UsageError(
-                f"loss.label_sets={path}, line {number}: class {row[0]!r} is there twice; keep one"
-            )
-        file.sets[row[0]] = [cell.strip() for cell in row[1:]]
-    return file
+    return columns, found

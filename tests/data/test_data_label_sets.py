@@ -39,11 +39,11 @@ def test_a_set_never_has_the_number_that_stands_for_none(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "begins with ''; expected the header class,NAME"),
-        ("label,kind\na,x\n", "begins with 'label,kind'; expected the header"),
+        ("", "has no rows"),
+        ("label,kind\na,x\n", "has the header label,kind; expected class,NAME"),
         ("class\na\n", "a name for each column of sets"),
-        ("class,kind\na,x\nb\n", "line 3 has 1 cells, and the header has 2"),
-        ("class,kind\na,x\nb,y\na,y\n", "line 4: class 'a' is there twice"),
+        ("class,kind\na,x\nb\n", "line 3: has 1 columns, the header 2"),
+        ("class,kind\na,x\nb,y\na,y\n", "line 4 of loss.label_sets: class 'a' is there twice"),
         ("class,kind\na,x\n", r"no row for class 'b' of the training split"),
         ("class,kind\nc,x\n", r"no row for class 'a' and 1 more"),
         ("class,kind,one\na,x,z\nb,y,z\n", "column 'one' puts the training classes into 1 set"),
@@ -59,5 +59,5 @@ def test_a_file_that_is_not_there_or_no_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="No such file"):
         read_label_sets(str(tmp_path / "nowhere.csv"), ["a"], NONE)
     (tmp_path / "picture.csv").write_bytes(b"\xff\xfe\x00\xd8")
-    with pytest.raises(UsageError, match="not UTF-8"):
+    with pytest.raises(UsageError, match="cannot be read as UTF-8"):
         read_label_sets(str(tmp_path / "picture.csv"), ["a"], NONE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from dist_dml.data.csv_rows import csv_rows
 from dist_dml.data.pack.url_images import is_url
 from dist_dml.errors import UsageError
 
@@ -69,11 +69,12 @@ def read_manifest(path: Path, columns: ManifestColumns, root: Path, anywhere: bo
         raise UsageError(f"{path}: expected a manifest .csv, .tsv or .parquet")
     if not path.is_file():
         raise UsageError(f"{path}: no such file; give a manifest .csv, .tsv or .parquet")
-    read = _parquet_rows if path.suffix.lower() == ".parquet" else _csv_rows
+    delimiter = _KINDS[path.suffix.lower()]
+    rows = csv_rows(path, delimiter) if delimiter else _parquet_rows(path)
     names: tuple[str, str, str] | None = None
     parts, splits, codes = [], [], {}
     texts: list[tuple[str, str, str, str]] = []
-    for number, (where, row) in enumerate(read(path)):
+    for number, (where, row) in enumerate(rows):
         if names is None:
             names = _names(path, row, columns)
         place, label, split = names
@@ -93,31 +94,6 @@ def read_manifest(path: Path, columns: ManifestColumns, root: Path, anywhere: bo
     if not parts:
         raise UsageError(f"{path}: has no row below its header; nothing to pack")
     return Manifest(np.concatenate(parts), np.array(splits, np.int16), tuple(codes))
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Rows by column name, all texts, and how messages call them."""
-    line = 1
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, delimiter=_KINDS[path.suffix.lower()], strict=True)
-            header = [name.strip() for name in next(reader, [])]
-            if len(set(header)) < len(header):
-                raise UsageError(f"{path} line 1: a column comes twice; rename one")
-            for fields in reader:
-                line = reader.line_num
-                if not fields:
-                    continue
-                if len(fields) != len(header):
-                    raise UsageError(
-                        f"{path} line {line}: has {len(fields)} columns, the header "
-                        f"{len(header)}; quote texts that hold the delimiter"
-                    )
-                yield f"{path} line {line}", dict(zip(header, fields, strict=True))
-    except (csv.Error, UnicodeDecodeError, OSError) as error:
-        raise UsageError(
-            f"{path} near line {line + 1}: cannot be read as UTF-8 csv ({error}); correct it"
-        ) from None
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
