@@ -100,7 +100,7 @@ def class_directions(
     Args:
         config: of the run.
         index: the data set.
-        classes: their ids.
+        classes: their ids, ascending.
         images: of each class, drawn by `run.seed` and class id.
         checkpoint: holds the embedder.
 
@@ -112,20 +112,22 @@ def class_directions(
     embedder.load_state_dict(load_embedder_tensors(checkpoint))
     embed = embed_with(embedder.to(world.device).eval(), config, world)
     samples = _few_samples(index, config, classes, images)
-    sums = torch.zeros(len(index.class_names), embedder.embedding_dim)
-    counts = torch.zeros(len(index.class_names), dtype=torch.int64)
+    # Of these classes alone: there may be many times as many others.
+    sums = torch.zeros(len(classes), embedder.embedding_dim)
+    counts = torch.zeros(len(classes), dtype=torch.int64)
     progress = ProgressLine("new classes", len(samples), "images")
     start = 0
     for batch in image_batches(index, samples, config.data, config.evaluation.batch_size):
-        ids = torch.from_numpy(index.class_id[samples[start : start + len(batch.images)]]).long()
+        of_batch = index.class_id[samples[start : start + len(batch.images)]]
+        ids = torch.from_numpy(np.searchsorted(classes, of_batch))
         start += len(batch.images)
         vectors = F.normalize(embed(batch.images).float().cpu(), dim=1)
         sums.index_add_(0, ids[batch.readable], vectors[batch.readable])
         counts.index_add_(0, ids[batch.readable], torch.ones_like(ids[batch.readable]))
         progress.advance(len(batch.images))
     progress.finish()
-    found = torch.from_numpy(classes)[counts[torch.from_numpy(classes)] > 0]
-    return found.numpy(), F.normalize(sums[found], dim=1)
+    found = counts > 0
+    return classes[found.numpy()], F.normalize(sums[found], dim=1)
 
 
 def _few_samples(

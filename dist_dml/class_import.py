@@ -154,8 +154,8 @@ def import_classes(arguments: argparse.Namespace) -> Path:
     Raises:
         UsageError: for files, a checkpoint or a folder that cannot be used.
     """
-    files = [word for word in arguments.rest if "=" not in word]
-    overrides = [word for word in arguments.rest if "=" in word]
+    files = [word for word in arguments.rest if "=" not in word or Path(word).is_file()]
+    overrides = [word for word in arguments.rest if word not in files]
     if not files:
         raise UsageError("no file of weights is given; see `dist-dml classes import --help`")
     foreign = read_foreign(files)
