@@ -125,6 +125,8 @@ def _check_alike(
             ("data.path", ours.data.path, theirs.data.path),
             ("data.split", ours.data.split, theirs.data.split),
             ("training.max_seconds", ours.training.max_seconds, theirs.training.max_seconds),
+            ("training.epochs", ours.training.epochs, theirs.training.epochs),
+            ("training.max_steps", ours.training.max_steps, theirs.training.max_steps),
             ("the tested splits", tests[first.method], tests[trial.method]),
             ("the distance", ours.evaluation.distances, theirs.evaluation.distances),
         ):

@@ -1,11 +1,16 @@
-"""Before any test is collected."""
+"""Before any test is collected, and data for several files of tests."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+from typing import TYPE_CHECKING
 
+import pytest
 import torch
+
+if TYPE_CHECKING:
+    from dist_dml.data.index import Index
 
 if not torch.cuda.is_available():
     # Without a GPU the kernels' tests run in Triton's interpreter. Triton asks the environment when
@@ -15,3 +20,23 @@ if not torch.cuda.is_available():
     with contextlib.suppress(ImportError):
         import triton  # noqa: F401
     del os.environ["TRITON_INTERPRET"]
+
+
+@pytest.fixture(scope="session")
+def divisible(tmp_path_factory: pytest.TempPathFactory) -> Index:
+    """4 classes in `train`, 2 others in `test`, and an image of a training class in `seen`."""
+    import cv2
+    import numpy as np
+
+    from dist_dml.data.index_command import build_index
+    from dist_dml.data.shards import write_shard
+
+    folder = tmp_path_factory.mktemp("divisible")
+    image = cv2.imencode(".png", np.zeros((4, 4), np.uint8))[1].tobytes()
+    for split, labels in (("train", "aabbccdd"), ("test", "xxyy"), ("seen", "a")):
+        rows = [
+            {"__key__": f"{split}{i}", "png": image, "cls": label.encode()}
+            for i, label in enumerate(labels)
+        ]
+        write_shard(folder / f"{split}-000000.tar", rows)
+    return build_index(folder)

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pytest
 
@@ -16,8 +15,6 @@ from dist_dml.comparison_picture import comparison_picture
 from dist_dml.comparison_plan import Trial, chosen_trial, method_names, plan_trials
 from dist_dml.comparison_table import build_comparison, comparison_text
 from dist_dml.data.index import Index
-from dist_dml.data.index_command import build_index
-from dist_dml.data.shards import write_shard
 from dist_dml.errors import UsageError
 from dist_dml.protocol_scores import SCORES, Spread
 from dist_dml.tracking.recorder import Recorder
@@ -26,31 +23,18 @@ from dist_dml.tracking.run_files import identify_run
 METRIC = "validation/cosine/map_at_r"
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Index:
-    """4 classes in `train`, 2 others in `test`."""
-    folder = tmp_path_factory.mktemp("data")
-    image = cv2.imencode(".png", np.zeros((4, 4), np.uint8))[1].tobytes()
-    for split, labels in (("train", "aabbccdd"), ("test", "xxyy")):
-        rows = [
-            {"__key__": f"{split}{i}", "png": image, "cls": label.encode()}
-            for i, label in enumerate(labels)
-        ]
-        write_shard(folder / f"{split}-000000.tar", rows)
-    return build_index(folder)
-
-
 @pytest.fixture
-def config_file(data: Index, tmp_path: Path) -> str:
+def config_file(divisible: Index, tmp_path: Path) -> str:
     path = tmp_path / "methods.yaml"
     path.write_text(
         f"run: {{name: many, root: {tmp_path / 'runs'}}}\n"
-        f"data: {{path: {data.folder}}}\n"
+        f"data: {{path: {divisible.folder}}}\n"
         "evaluation: {protocols: [{name: unseen, query: test}]}\n"
         "variants:\n"
         "  plain: {loss: {name: cross_entropy}}\n"
         "  arcface: {loss: {name: arcface}}\n"
         "  longer: {training: {max_seconds: 5}}\n"
+        "  further: {training: {epochs: 99}}\n"
         "  elsewhere: {evaluation: {protocols: [{name: unseen, query: test, gallery: test}]}}\n"
     )
     return str(path)
@@ -78,7 +62,7 @@ def test_a_trial_is_the_first_fold_of_its_method_under_its_setting(config_file: 
 
 
 def test_methods_are_the_variants_and_unknown_ones_are_named(config_file: str) -> None:
-    assert method_names(config_file, []) == ["plain", "arcface", "longer", "elsewhere"]
+    assert method_names(config_file, []) == ["plain", "arcface", "longer", "further", "elsewhere"]
     assert method_names(config_file, ["arcface", "plain", "arcface"]) == ["arcface", "plain"]
     with pytest.raises(UsageError, match="did you mean arcface"):
         method_names(config_file, ["arcfase"])
@@ -97,6 +81,7 @@ def arguments_of(*words: str) -> argparse.Namespace:
             ["--method", "plain", "--method", "longer"],
             "longer/trial-0 has training.max_seconds 5.0",
         ),
+        (["--method", "plain", "--method", "further"], "further/trial-0 has training.epochs 99"),
         (["--method", "plain", "--method", "elsewhere"], "elsewhere/trial-0 has the tested splits"),
         (
             ["--method", "plain", "--trial", "loss.scael=3"],

@@ -13,7 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-import cv2
 import numpy as np
 import psutil
 import pytest
@@ -23,8 +22,6 @@ from dist_dml import protocol_jobs
 from dist_dml.config import Config
 from dist_dml.config_loading import resolve, to_yaml
 from dist_dml.data.index import Index
-from dist_dml.data.index_command import build_index
-from dist_dml.data.shards import write_shard
 from dist_dml.errors import RunError, UsageError
 from dist_dml.protocol import add_arguments, protocol
 from dist_dml.protocol_folds import (
@@ -46,20 +43,6 @@ from dist_dml.protocol_scores import (
 )
 from dist_dml.protocol_table import build_report, table_text
 from dist_dml.retrieval.embeddings import Embeddings
-
-
-@pytest.fixture(scope="session")
-def divisible(tmp_path_factory: pytest.TempPathFactory) -> Index:
-    """4 classes in `train`, 2 others in `test`, and an image of a training class in `seen`."""
-    folder = tmp_path_factory.mktemp("divisible")
-    image = cv2.imencode(".png", np.zeros((4, 4), np.uint8))[1].tobytes()
-    for split, labels in (("train", "aabbccdd"), ("test", "xxyy"), ("seen", "a")):
-        rows = [
-            {"__key__": f"{split}{i}", "png": image, "cls": label.encode()}
-            for i, label in enumerate(labels)
-        ]
-        write_shard(folder / f"{split}-000000.tar", rows)
-    return build_index(folder)
 
 
 @pytest.fixture

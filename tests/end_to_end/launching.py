@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,38 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+def start_command(*words: str) -> subprocess.Popen[str]:
+    """`dist-dml WORDS`, as a user without a launcher starts it; one thread."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        environment.pop(name, None)
+    return subprocess.Popen(
+        [str(BIN / "dist-dml"), *words],
+        cwd=ROOT,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout_seconds: float = 240) -> tuple[int, str]:
+    """Exit code and output; nothing stays behind."""
+    try:
+        output = process.communicate(timeout=timeout_seconds)[0]
+    finally:
+        kill_tree(process.pid)
+    return process.returncode, output
+
+
+def steps_trained(folder: Path) -> Counter[int]:
+    """How often a run has trained each step."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return Counter(r["step"] for r in records if r["name"] == "train/loss")
 
 
 @dataclass

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
-from launching import BIN, ROOT, kill_tree, training_processes
+from launching import finish, start_command, steps_trained, training_processes
 
 from dist_dml.tracking.run_files import last_status
 
@@ -42,35 +40,9 @@ def config_file(divided_data: Path, tmp_path: Path) -> str:
 
 def start(config_file: str, *words: str) -> subprocess.Popen[str]:
     """Two folds, two trials of each method, two trainings at the same time."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        environment.pop(name, None)
-    command = [str(BIN / "dist-dml"), "compare", config_file, "--folds", "2", "--parallel", "2"]
     trials = ["--trial", "optimizer.weight_decay=0", "--trial", "optimizer.weight_decay=0.01"]
-    return subprocess.Popen(
-        [*command, *trials, *words],
-        cwd=ROOT,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Exit code and output; nothing stays behind."""
-    try:
-        output = process.communicate(timeout=240)[0]
-    finally:
-        kill_tree(process.pid)
-    return process.returncode, output
-
-
-def steps_trained(folder: Path) -> Counter[int]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    return Counter(r["step"] for r in records if r["name"] == "train/loss")
+    numbers = ["--folds", "2", "--parallel", "2"]
+    return start_command("compare", config_file, *numbers, *trials, *words)
 
 
 def test_killed_and_resumed_it_trains_nothing_twice_and_tests_only_what_was_chosen(

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import time
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from launching import BIN, ROOT, kill_tree, training_processes
+from launching import finish, start_command, steps_trained, training_processes
 
 pytestmark = pytest.mark.slow
 
@@ -37,35 +35,7 @@ def config_file(divided_data: Path, tmp_path: Path) -> str:
 
 def start(config_file: str, *words: str) -> subprocess.Popen[str]:
     """The command, of 2 folds, both at the same time."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        environment.pop(name, None)
-    command = [str(BIN / "dist-dml"), "protocol", config_file, "--folds", "2", "--parallel", "2"]
-    return subprocess.Popen(
-        [*command, *words],
-        cwd=ROOT,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Exit code and output; nothing stays behind."""
-    try:
-        output = process.communicate(timeout=180)[0]
-    finally:
-        kill_tree(process.pid)
-    return process.returncode, output
-
-
-def steps_trained(folder: Path) -> Counter[int]:
-    """How often each step was trained."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    return Counter(r["step"] for r in records if r["name"] == "train/loss")
+    return start_command("protocol", config_file, "--folds", "2", "--parallel", "2", *words)
 
 
 def newest_step(folder: Path) -> int:
