@@ -1,6 +1,6 @@
 """Where a training with chance-constrained proxies stands, and the weights that it remembers.
 
-`losses.chance_constraints` says what follows what. This module carries out what concerns the
+`losses.ccp_states` says what follows what. This module carries out what concerns the
 embedder: it keeps copies of its weights, pulls it towards the last solution, and brings the best
 back. All of it is the same on every worker; the head carries out what concerns the proxies.
 """
@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from dist_dml.errors import UsageError
-from dist_dml.losses.chance_constraints import (
+from dist_dml.losses.ccp_states import (
     CcpEvent,
     CcpOrder,
     CcpPlan,
     CcpState,
     Evaluated,
-    add_projection_gradients_,
     next_phase,
 )
+from dist_dml.losses.chance_constraints import add_projection_gradients_
 from dist_dml.proxy_config import ProxyConfig
 
 # The copies: the problem's best weights, the last problem's (theta_prev), and the run's best.

@@ -22,7 +22,7 @@ from dist_dml.data.index import Index
 from dist_dml.data.progress import ProgressLine
 from dist_dml.data.reader import open_reader
 from dist_dml.keyed_random import key_of, keyed_uniform, row_keys
-from dist_dml.losses.chance_constraints import PoolDrawn
+from dist_dml.losses.ccp_states import PoolDrawn
 from dist_dml.measurement import Embed, embed_with
 from dist_dml.models.embedder import Embedder
 from dist_dml.parallel.class_partition import ClassPartition

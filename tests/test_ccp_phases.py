@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from dist_dml.ccp_phases import CcpPhases, ccp_plan
 from dist_dml.config import Config
 from dist_dml.errors import RunError, UsageError
-from dist_dml.losses.chance_constraints import (
+from dist_dml.losses.ccp_states import (
     CcpPlan,
     PoolDrawn,
     ProxiesChosen,
     StepDone,
-    projection_term,
 )
+from dist_dml.losses.chance_constraints import projection_term
 from dist_dml.parallel.class_partition import ClassPartition
 from dist_dml.proxy_config import ProxyConfig
 from dist_dml.proxy_pool import drawn_members, members_of

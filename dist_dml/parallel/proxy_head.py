@@ -16,7 +16,8 @@ from dist_dml.class_config import ClassesConfig
 from dist_dml.config import OptimizerConfig
 from dist_dml.errors import UsageError
 from dist_dml.loss_config import LossConfig
-from dist_dml.losses.chance_constraints import ProxiesChosen, StepDone, unit_ball
+from dist_dml.losses.ccp_states import ProxiesChosen, StepDone
+from dist_dml.losses.chance_constraints import unit_ball
 from dist_dml.losses.k_center import k_center
 from dist_dml.losses.pair_objectives import build_pair_objective, parts_of_rows
 from dist_dml.losses.proxy_rules import proxy_rule

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dist_dml.errors import RunError, UsageError
-from dist_dml.losses.chance_constraints import (
+from dist_dml.losses.ccp_states import (
     CcpEvent,
     CcpPlan,
     CcpState,
@@ -20,9 +20,11 @@ from dist_dml.losses.chance_constraints import (
     PoolDrawn,
     ProxiesChosen,
     StepDone,
+    next_phase,
+)
+from dist_dml.losses.chance_constraints import (
     add_projection_gradients_,
     against_proxies,
-    next_phase,
     projection_term,
     unit_ball,
 )

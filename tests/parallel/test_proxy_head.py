@@ -15,7 +15,8 @@ from worker_group import run_workers
 from dist_dml.config import OptimizerConfig
 from dist_dml.errors import UsageError
 from dist_dml.loss_config import LossConfig
-from dist_dml.losses.chance_constraints import PoolDrawn, against_proxies, unit_ball
+from dist_dml.losses.ccp_states import PoolDrawn
+from dist_dml.losses.chance_constraints import against_proxies, unit_ball
 from dist_dml.losses.k_center import k_center
 from dist_dml.losses.pair_objectives import build_pair_objective
 from dist_dml.parallel.class_partition import ClassPartition
