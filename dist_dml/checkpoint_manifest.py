@@ -29,6 +29,10 @@ class Progress:
     """Training time so far, of all runs together."""
     best_score: float | None = None
     best_step: int | None = None
+    ledger: int = 0
+    """Which rows were trained on, as one number (`dist_dml.batch_ledger`)."""
+    skipped: tuple[int, ...] = ()
+    """Steps whose batch was passed over after a loss that was not finite, ascending."""
 
 
 @dataclass(frozen=True)
