@@ -124,10 +124,13 @@ def _mirror(folder: Path, destination: Destination) -> None:
 
 def _watch(watch: Watch) -> None:
     """Wait for the end of the run, recording the load meanwhile; then enforce the deadline."""
+    sampler = _start_sampler(watch)
     try:
-        _await_end(watch)
+        _await_end(watch, sampler)
     except Exception as error:
         run_files.note_problem(watch.folder, f"the watch ended: {type(error).__name__}: {error}")
+    if sampler is not None:
+        sampler.close()
     watch.ended.set()
     time.sleep(watch.flush_seconds)
     run_files.note_problem(
@@ -137,8 +140,7 @@ def _watch(watch: Watch) -> None:
     os._exit(EXIT_INCOMPLETE)
 
 
-def _await_end(watch: Watch) -> None:
-    sampler = _start_sampler(watch)
+def _await_end(watch: Watch, sampler: _Sampler | None) -> None:
     was_child = os.getppid() == watch.parent
     seen = -1
     while True:
@@ -216,6 +218,10 @@ class _Sampler:
             run_files.note_problem(self._recorder.folder, f"system metrics end here: {error}")
             return False
         return True
+
+    def close(self) -> None:
+        """Write readings that the disk has not taken so far, if it takes them now."""
+        self._recorder.close()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,10 @@ from jaxtyping import Float, Int
 
 from dist_dml.errors import RunError
 from dist_dml.tracking import run_files
+from dist_dml.tracking.waiting_lines import LineFile
+
+# A disk that is full now and then is not reported more often.
+_TELL_SECONDS = 60.0
 
 
 def encode_value(value: float) -> float | str:
@@ -31,10 +35,9 @@ def encode_value(value: float) -> float | str:
 
 
 class Recorder:
-    """Appends to `metrics.jsonl` and `artifacts.jsonl`. A full disk loses records, never the run.
+    """Appends to `metrics.jsonl` and `artifacts.jsonl`. A full disk loses and stops nothing.
 
-    Attributes:
-        lost: records (one name at one step, or one event) that could not be written.
+    What the disk refuses waits in memory and is tried again with every record and at the end.
     """
 
     def __init__(self, folder: Path, metrics_file: str = run_files.METRICS) -> None:
@@ -44,23 +47,33 @@ class Recorder:
             RunError: if the file cannot be opened for writing.
         """
         self.folder = folder
-        self.lost = 0
-        self._torn = False
-        path = folder / metrics_file
+        self._metrics = LineFile(folder / metrics_file)
+        self._events = LineFile(folder / run_files.EVENTS)
+        self._waits = False
+        # When it was last said that records wait; whether their end is to be told; whether a loss
+        # has been.
+        self._told_at = -math.inf
+        self._owes_word = False
+        self._told_of_loss = False
         try:
-            self._descriptor = run_files.open_to_append(path)
+            self._metrics.open()
         except OSError as error:
             raise RunError(
-                f"cannot write {path}: {error.strerror}; free the disk, or choose another folder "
-                "with run.root"
+                f"cannot write {self._metrics.path}: {error.strerror}; free the disk, or choose "
+                "another folder with run.root"
             ) from None
+
+    @property
+    def lost(self) -> int:
+        """Records (one name at one step, or one event) that will never be in the files."""
+        return self._metrics.lost + self._events.lost
 
     def record(self, step: int, images_seen: int, seconds: float, values: dict[str, float]) -> None:
         """Write `values` (by name) of a step, in one call of `write` on whole lines.
 
         Waits for no disk: the lines are with the operating system, which keeps them when this
         process is killed. Costs 10 microseconds for four values in a loop, 170 for ten after half a
-        second of other work (2 CPU cores, November 2026). Never raises OSError, see `lost`.
+        second of other work (2 CPU cores, November 2026). Never raises OSError.
 
         Args:
             step: optimizer steps done.
@@ -74,17 +87,8 @@ class Recorder:
             f'{head}{json.dumps(name)}, "value": {json.dumps(encode_value(value))}}}\n'
             for name, value in values.items()
         ]
-        # A torn line ends here, so that it spoils itself alone.
-        block = ("\n" if self._torn else "") + "".join(lines)
-        content = block.encode()
-        try:
-            written = os.write(self._descriptor, content)
-        except OSError as error:
-            self._lose(len(lines), error.strerror or "write failed")
-            return
-        self._torn = written < len(content)
-        if self._torn:
-            self._lose(len(lines) - content[:written].count(b"}\n"), "the disk is full")
+        if not self._metrics.append("".join(lines).encode()) or self._waits:
+            self._settle()
 
     def note_artifact(self, path: Path, folder: str = "") -> None:
         """Have the file `path` mirrored, into `folder` of the run's artifacts in MLflow.
@@ -104,25 +108,54 @@ class Recorder:
         self._note({"status": status, "time": time.time()})
 
     def close(self) -> None:
-        """Close the file. Nothing is buffered, so nothing is flushed."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-        self._descriptor = -1
+        """Write what still waits, say how many records are lost for good, and close the files."""
+        self._metrics.close()
+        self._events.close()
+        if self.lost:
+            self._say(f"warning: {self.lost} records of {self.folder} are lost ({self._reason})")
+        elif self._waits:
+            self._tell(waits=False)
+        self._waits = False
 
     def _note(self, event: dict[str, str | float]) -> None:
-        try:
-            run_files.append_event(self.folder, event)
-        except OSError as error:
-            self._lose(1, error.strerror or "write failed")
+        # Events after records: the mirror takes the last event for the end of all records.
+        add = self._events.append if self._metrics.retry() else self._events.keep
+        add((json.dumps(event) + "\n").encode())
+        self._settle()
 
-    def _lose(self, count: int, reason: str) -> None:
-        if self.lost == 0:
-            print(
-                f"dist_dml: records of {self.folder} are being lost ({reason}); training goes on",
-                file=sys.stderr,
-                flush=True,
+    def _settle(self) -> None:
+        """Try what waits, and say so where that begins or ends."""
+        waits = not (self._metrics.retry() and self._events.retry())
+        if waits != self._waits:
+            self._tell(waits)
+        if self.lost and not self._told_of_loss:
+            self._told_of_loss = True
+            self._say(
+                f"warning: as many records of {self.folder} wait as memory is set aside for; "
+                "further ones are lost until the disk takes them"
             )
-        self.lost += count
+        self._waits = waits
+
+    def _tell(self, waits: bool) -> None:
+        """One line when records begin to wait and one when they are written, once a minute."""
+        now = time.monotonic()
+        if waits and now > self._told_at + _TELL_SECONDS:
+            self._told_at, self._owes_word = now, True
+            self._say(
+                f"warning: records of {self.folder} wait in memory ({self._reason}); training goes "
+                "on, and they are written as soon as the disk takes them"
+            )
+        elif not waits and self._owes_word:
+            self._owes_word = False
+            lost = f"; {self.lost} others are lost" if self.lost else ", none is lost"
+            self._say(f"the records of {self.folder} that waited are written{lost}")
+
+    @property
+    def _reason(self) -> str:
+        return self._metrics.reason or self._events.reason
+
+    def _say(self, text: str) -> None:
+        print(f"dist_dml: {text}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)

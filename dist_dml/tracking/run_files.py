@@ -6,6 +6,7 @@ readers can follow them by byte offset. `run.json` and `mlflow.json` are replace
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -94,6 +95,16 @@ def complete_lines(
 def open_to_append(path: Path) -> int:
     """A descriptor to append whole lines to `path`; ends a line that a killed writer left torn."""
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        end_torn_line(descriptor)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def end_torn_line(descriptor: int) -> None:
+    """Write an end of line to a file that lacks it. Raises OSError where the disk does."""
     status = os.fstat(descriptor)
     if (
         stat.S_ISREG(status.st_mode)
@@ -101,14 +112,15 @@ def open_to_append(path: Path) -> int:
         and os.pread(descriptor, 1, status.st_size - 1) != b"\n"
     ):
         os.write(descriptor, b"\n")
-    return descriptor
 
 
 def append_event(folder: Path, event: dict[str, Any]) -> None:
     """Add one line to the events of the run. Raises OSError where the disk does."""
     descriptor = open_to_append(folder / EVENTS)
     try:
-        os.write(descriptor, (json.dumps(event) + "\n").encode())
+        line = (json.dumps(event) + "\n").encode()
+        if os.write(descriptor, line) < len(line):  # The disk filled up within the line.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     finally:
         os.close(descriptor)
 

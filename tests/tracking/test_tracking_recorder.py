@@ -3,6 +3,9 @@
 import json
 import math
 import os
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import pytest
 from dist_dml.errors import RunError
 from dist_dml.tracking import run_files
 from dist_dml.tracking.recorder import Recorder, read_metrics
+from dist_dml.tracking.waiting_lines import LineFile
 
 
 def lines_of(path: Path) -> list[dict]:
@@ -75,34 +79,154 @@ def test_a_torn_last_line_is_left_out_and_does_not_spoil_what_follows(tmp_path):
     assert read_metrics(tmp_path)["loss"].step.tolist() == [1, 3]
 
 
-def test_a_full_disk_loses_records_warns_once_and_never_raises(tmp_path, capsys):
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real disk of 64 KiB, which a file beside the run fills."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
+    mounted = subprocess.run(command, capture_output=True, text=True, check=False)
+    if mounted.returncode != 0:
+        pytest.skip(f"cannot mount a small disk here: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """A file that takes all space of the disk."""
+    filler = disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(disk).free))
+    assert shutil.disk_usage(disk).free == 0
+    return filler
+
+
+def test_a_disk_that_is_full_for_a_while_loses_no_record_and_no_event(small_disk, capsys):
+    recorder = Recorder(small_disk)
+    recorder.note_artifact(small_disk / "config.yaml")
+    recorder.record(1, 1, 1.0, {"loss": 1.0})
+    filler = fill(small_disk)
+    # What is left of the file's last page takes some lines and a part of one more.
+    for step in range(2, 201):
+        recorder.record(step, step, 1.0, {"loss": float(step), "accuracy": 0.5})
+    for number in range(100):
+        recorder.note_figure(small_disk / f"{number}.png")
+    torn = (small_disk / "metrics.jsonl").read_bytes()
+    assert not torn.endswith(b"\n")
+    assert len(read_metrics(small_disk)["loss"].step) < 60
+    filler.unlink()
+    recorder.record(201, 201, 1.0, {"loss": 201.0})
+    recorder.note_end("FINISHED")
+    recorder.close()
+    records = lines_of(small_disk / "metrics.jsonl")
+    assert [r["step"] for r in records if r["name"] == "loss"] == list(range(1, 202))
+    assert [r["step"] for r in records if r["name"] == "accuracy"] == list(range(2, 201))
+    events = lines_of(small_disk / "artifacts.jsonl")
+    names = ["config.yaml", *(f"{number}.png" for number in range(100))]
+    assert [e["path"] for e in events[:-1]] == names
+    assert events[-1]["status"] == "FINISHED"
+    assert recorder.lost == 0
+    begins, ends = capsys.readouterr().err.splitlines()
+    assert "wait in memory (No space left on device)" in begins
+    assert "that waited are written, none is lost" in ends
+
+
+def test_what_waits_is_written_at_the_latest_when_the_files_are_closed(small_disk, capsys):
+    recorder = Recorder(small_disk)
+    filler = fill(small_disk)
+    recorder.record(1, 1, 1.0, {"loss": 1.0})
+    recorder.note_end("FINISHED")
+    assert (small_disk / "metrics.jsonl").stat().st_size == 0
+    filler.unlink()
+    recorder.close()
+    assert [r["step"] for r in lines_of(small_disk / "metrics.jsonl")] == [1]
+    assert run_files.last_status(small_disk)["status"] == "FINISHED"
+    assert "none is lost" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_disk_that_stays_full_is_told_once_and_counted_at_the_end(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     (tmp_path / "artifacts.jsonl").symlink_to("/dev/full")
     recorder = Recorder(tmp_path)
     for step in range(5):
         recorder.record(step, 0, 0.0, {"loss": 1.0, "accuracy": 0.5})
     recorder.note_end("FINISHED")
+    assert recorder.lost == 0
     recorder.close()
     assert recorder.lost == 11
-    warning = capsys.readouterr().err
-    assert warning.count("\n") == 1
-    assert "No space left" in warning
+    begins, ends = capsys.readouterr().err.splitlines()
+    assert "wait in memory (No space left on device)" in begins
+    assert "11 records" in ends
+    assert "are lost" in ends
 
 
-def test_a_write_that_fits_in_part_loses_only_what_is_torn(tmp_path, monkeypatch):
-    recorder = Recorder(tmp_path)
+def test_no_event_is_written_before_the_records_that_came_before_it(small_disk):
+    recorder = Recorder(small_disk)
+    recorder.note_artifact(small_disk / "config.yaml")  # Its page has room for more.
+    fill(small_disk)
     recorder.record(1, 1, 1.0, {"loss": 1.0})
-    real_write = os.write
-    # The kernel does the same when the disk fills up within a block: here, in the second line.
-    monkeypatch.setattr(os, "write", lambda fd, block: real_write(fd, block[:100]))
-    recorder.record(2, 2, 2.0, {"loss": 2.0, "accuracy": 0.5, "rate": 3.0})
-    monkeypatch.undo()
-    recorder.record(3, 3, 3.0, {"loss": 3.0})
+    recorder.note_end("FINISHED")
+    assert run_files.last_status(small_disk) == {}
     recorder.close()
-    metrics = read_metrics(tmp_path)
-    assert recorder.lost == 2
-    assert metrics["loss"].step.tolist() == [1, 2, 3]
-    assert set(metrics) == {"loss"}
+    assert run_files.last_status(small_disk)["status"] == "FINISHED"
+
+
+def test_a_line_is_torn_at_any_byte_and_continued_there(tmp_path, monkeypatch):
+    real_write = os.write
+    expected = [{"n": n} for n in range(4)]
+    block = b"".join(json.dumps(line).encode() + b"\n" for line in expected[1:])
+    for taken in range(len(block) + 1):
+        file = LineFile(tmp_path / f"{taken}.jsonl")
+        assert file.append(b'{"n": 0}\n')
+        # The kernel does the same when the disk fills up within a block.
+        monkeypatch.setattr(os, "write", lambda fd, rest, end=taken: real_write(fd, rest[:end]))
+        assert file.append(block) == (taken == len(block))
+        monkeypatch.undo()
+        assert file.retry()
+        file.close()
+        assert lines_of(file.path) == expected
+        assert file.lost == 0
+
+
+def test_a_torn_line_that_another_process_ended_is_written_anew(tmp_path, monkeypatch):
+    real_write = os.write
+    line, foreign = b'{"path": "a.png"}\n', {"status": "KILLED"}
+    for taken in range(len(line) + 1):
+        folder = tmp_path / str(taken)
+        folder.mkdir()
+        file = LineFile(folder / run_files.EVENTS)
+        file.open()
+        monkeypatch.setattr(os, "write", lambda fd, rest, end=taken: real_write(fd, rest[:end]))
+        file.append(line)
+        monkeypatch.undo()
+        run_files.append_event(folder, foreign)
+        assert file.append(b'{"path": "b.png"}\n')
+        file.close()
+        found, _ = run_files.complete_lines(file.path, 0)
+        assert sorted(map(str, found)) == sorted(
+            map(str, [{"path": "a.png"}, foreign, {"path": "b.png"}])
+        ), taken
+
+
+def test_lines_beyond_the_memory_set_aside_are_lost_and_counted(small_disk):
+    file = LineFile(small_disk / "lines", most_bytes=1000)
+    file.open()
+    filler = fill(small_disk)
+    blocks = [f"{n:09d}\n".encode() * 10 for n in range(15)]
+    for block in blocks:
+        assert not file.append(block)
+    assert file.lost == 50
+    filler.unlink()
+    assert file.append(b"last\n")
+    file.close()
+    assert file.path.read_bytes() == b"".join(blocks[:10]) + b"last\n"
+
+
+def test_an_event_that_the_disk_takes_in_part_is_an_error_and_not_a_torn_line(small_disk):
+    run_files.append_event(small_disk, {"path": "x" * 4000})
+    fill(small_disk)
+    with pytest.raises(OSError, match="No space left"):
+        run_files.append_event(small_disk, {"path": "y" * 4000})
+    assert len(run_files.complete_lines(small_disk / run_files.EVENTS, 0)[0]) == 1
 
 
 def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path):
