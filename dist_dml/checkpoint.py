@@ -180,7 +180,8 @@ def load_head(checkpoint: Path, manifest: Manifest, head: Head) -> None:
     held beside them.
 
     Raises:
-        UsageError: if the checkpoint has another number of classes.
+        UsageError: if the checkpoint has another number of classes, or its tensors are not those of
+            this head: another name, shape or kind of number, or a file that cannot be read.
     """
     partition = head.partition
     if manifest.num_classes != partition.num_classes:
@@ -193,16 +194,47 @@ def load_head(checkpoint: Path, manifest: Manifest, head: Head) -> None:
         first, last = max(start, partition.start), min(stop, partition.stop)
         if first >= last:
             continue
-        with safe_open(checkpoint / name, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (not a mapping)
-                rows = file.get_slice(key)
-                if rows.get_shape() == []:
-                    found[key] = file.get_tensor(key)
-                elif key in own:
-                    place = slice(first - partition.start, last - partition.start)
-                    own[key][place].copy_(rows[first - start : last - start])
-                    found[key] = own[key]
+        try:
+            with safe_open(checkpoint / name, framework="pt") as file:
+                for key in sorted(own.keys() & set(file.keys())):
+                    rows, place = file.get_slice(key), own[key]
+                    expected = [stop - start, *place.shape[1:]] if place.ndim else []
+                    if rows.get_shape() != expected:
+                        shape = rows.get_shape()
+                        raise _unfit(checkpoint, f"{name}: {key} is {shape}, expected {expected}")
+                    if not place.ndim:
+                        found[key] = file.get_tensor(key)
+                        continue
+                    piece = rows[first - start : last - start]
+                    # Between kinds of floats values are rounded; integers would lose their meaning.
+                    if piece.is_floating_point() != place.is_floating_point():
+                        kinds = f"{piece.dtype}, expected {place.dtype}"
+                        raise _unfit(checkpoint, f"{name}: {key} is of {kinds}")
+                    place[first - partition.start : last - partition.start].copy_(piece)
+                    found[key] = place
+        except (SafetensorError, OSError) as error:
+            raise _unfit(checkpoint, f"{name}: {' '.join(str(error).split()):.200}") from None
+    # An optimizer's state that is missing starts anew; what the head consists of does not.
+    if missing := sorted(key for key in own if "|" not in key and key not in found):
+        raise _unfit(checkpoint, f"its files of classes lack {', '.join(missing)}")
     # What has been filled is copied onto itself; the rest is this function's to place.
     head.load_shard_tensors(found)
-    if head.shared_tensors():
+    if not head.shared_tensors():
+        return
+    if SHARED not in manifest.files:
+        raise _unfit(checkpoint, f"it lacks {SHARED}")
+    try:
         head.load_shared_tensors(load_file(checkpoint / SHARED))
+    except UsageError:
+        raise
+    # Each head has tensors of its own kind in there, one of them JSON.
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise _unfit(checkpoint, f"{SHARED}: {' '.join(str(error).split()):.200}") from None
+
+
+def _unfit(checkpoint: Path, reason: str) -> UsageError:
+    return UsageError(
+        f"checkpoint {checkpoint} does not fit the configuration ({reason}); resume with the "
+        "sections `model`, `loss`, `classes` and `proxies` of its config.yaml, or start a new "
+        "run.name"
+    )

@@ -96,6 +96,7 @@ LEVELS = {
     **dict.fromkeys(
         (
             "whole_files",
+            "strict_json",
             "class_config",
             "config_types",
             "data_config",
