@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NoReturn, Protocol, runtime_checkable
 
+from dist_dml.credentials import redact_tracebacks
 from dist_dml.errors import RunError, UsageError, print_failure
 
 
@@ -55,6 +56,7 @@ def run_command(prog: str, command: ModuleType | Command, argv: Sequence[str]) -
         allow_abbrev=False,
     )
     command.add_arguments(parser)
+    redact_tracebacks()
     try:
         return command.run(_parse(parser, argv))
     except (UsageError, RunError) as error:

@@ -6,6 +6,7 @@ YAML file and the `section.key=value` arguments, and turns a refusal into one li
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -37,6 +38,16 @@ class RunConfig(Section):
     accept_changed_data: bool = False
     """Resume although the data or the order of the samples differ from the checkpoint's: the epoch
     goes on at the same share of the new plan. Without it a difference is refused, and shown."""
+
+    @model_validator(mode="after")
+    def _name_below_root(self) -> RunConfig:
+        parts = PurePosixPath(self.name)
+        if parts.is_absolute() or ".." in parts.parts or "\0" in self.name:
+            raise ValueError(
+                f"run.name={self.name!r} leads out of run.root; give a name below it, and choose "
+                "the folder with run.root"
+            )
+        return self
 
 
 class ModelConfig(Section):
@@ -227,7 +238,8 @@ class TrackingConfig(Section):
     mlflow: bool = True
     """Mirror the records to MLflow, from a process of its own beside worker 0."""
     mlflow_uri: str = ""
-    """Tracking server or database; empty uses sqlite in `run.root`."""
+    """Tracking server or database; empty uses sqlite in `run.root`. Secrets as `${NAME}`, from the
+    environment (docs/security.md)."""
     experiment: str = "dist_dml"
     """MLflow experiment."""
     system_metrics: bool = True

@@ -26,6 +26,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from dist_dml.config import Config
+from dist_dml.credentials import check_values
 from dist_dml.errors import UsageError
 
 # Keys that say where a run lives, not what it computes: they are left out of the hash.
@@ -109,6 +110,7 @@ def resolve(path: str | Path | Sequence[str | Path] | None, overrides: Sequence[
         for part in reversed(key.split(".")):
             nested = {part: nested}
         _merge(tree, nested, "", origins, "argument")
+    check_values(tree)  # First of all: a refusal of another kind would repeat a secret.
     return Resolved(_validate(tree), origins)
 
 

@@ -80,7 +80,7 @@ class MixturePart(Section):
     """One more data set of a mixture."""
 
     path: Annotated[str, Field(min_length=1)]
-    """Folder of a packed or indexed data set."""
+    """Folder of a packed or indexed data set; `${NAME}` as in `data.path`."""
     weight: Positive = 1.0
     """Share of its samples in the batches, relative to the other weights."""
     split: str = "train"
@@ -109,7 +109,7 @@ class DataConfig(Section):
 
     path: str = ""
     """Folder of a packed or indexed data set: tars, index.parquet, classes.parquet, dataset.json.
-    
+    `${NAME}` is looked up in the environment when the folder is opened.
     """
     split: str = "train"
     """Split to train on."""

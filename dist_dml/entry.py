@@ -6,11 +6,11 @@ Exit codes: 0 done, 1 failed, 2 bad usage or configuration.
 from __future__ import annotations
 
 import argparse
-import traceback
 from collections.abc import Callable, Sequence
 
 from dist_dml.command_line import add_config_option
 from dist_dml.config_loading import Resolved, resolve
+from dist_dml.credentials import print_traceback, redact
 from dist_dml.errors import RunError, UsageError, print_failure
 from dist_dml.parallel.world import World, environment_ranks, start_world, stop_world
 
@@ -59,7 +59,7 @@ def _end_all(world: World, error: BaseException) -> int:
     known = isinstance(error, (UsageError, RunError))
     if world.failures is None:
         if not known:
-            traceback.print_exception(error)
+            print_traceback(error)
         print_failure(_reason(error))
         return _exit_code(error)
     # A worker that failed cannot leave its process group in good order, as others wait inside it:
@@ -67,8 +67,9 @@ def _end_all(world: World, error: BaseException) -> int:
     if not known:
         world.failures.follow()
         if not _is_lost_peer(error):
-            traceback.print_exception(error)
-    world.failures.report(_reason(error), _exit_code(error))
+            print_traceback(error)
+    # Other machines print it too, and do not know what was expanded here.
+    world.failures.report(redact(_reason(error)), _exit_code(error))
 
 
 def _reason(error: BaseException) -> str:

@@ -14,5 +14,7 @@ class RunError(RuntimeError):
 
 
 def print_failure(reason: str) -> None:
-    """The one line that a failed command ends with."""
-    print(f"dist_dml: error: {' '.join(reason.split())}", file=sys.stderr, flush=True)
+    """The one line that a failed command ends with, without secrets."""
+    from dist_dml.credentials import redact  # It refuses with the errors above.
+
+    print(f"dist_dml: error: {' '.join(redact(reason).split())}", file=sys.stderr, flush=True)

@@ -99,6 +99,7 @@ LEVELS = {
             "strict_json",
             "class_config",
             "config_types",
+            "credentials",
             "data_config",
             "loss_config",
             "proxy_config",

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Int, Int8, Int32, Int64, UInt32
 from torch import Tensor
 
+from dist_dml.credentials import expand, refuse_secret
 from dist_dml.data.quarantine import quarantined_fingerprint, quarantined_ids
 from dist_dml.data.shard_changes import check_shards, is_url
 from dist_dml.data.shards import IMAGE_EXTENSIONS
@@ -207,12 +208,15 @@ def load_unchecked(folder: str | Path) -> Index:
     """Read an index without a look at its tars and its quarantine: for repairs, not for training.
 
     Raises:
-        UsageError: if the folder is missing, not indexed, or its index is damaged.
+        UsageError: if the folder is missing, not indexed, its index is damaged, or names a shard by
+            a URL with a secret in it, which messages and reports would repeat.
     """
     if not str(folder):
         raise UsageError("data.path is empty; set it to the folder of a packed data set")
-    root = Path(folder)
+    root = Path(expand(str(folder), "data.path"))
     metadata = _read_metadata(root)
+    for shard in metadata["shards"]:
+        refuse_secret(shard["name"], f"{root / DATASET_FILE}: the name of a shard")
     recorded, columns = _read_columns(root)
     for name in ("fingerprint", "layout"):  # Indexes older than the layout have none.
         stated = metadata.get(name, "")

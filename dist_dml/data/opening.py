@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dist_dml.credentials import expand
 from dist_dml.data.folds import fold_of
 from dist_dml.data.index import Index, load_index
 from dist_dml.data.index_joining import join_indexes
@@ -24,7 +25,10 @@ def open_index(config: DataConfig) -> Index:
             do not fit `data.storage`; `data.folds` do not fit its classes.
     """
     paths = [config.path, *(part.path for part in config.mixture)]
-    places = [Path(path).resolve() for path in paths]
+    places = [
+        Path(expand(path, "data.mixture.path" if number else "data.path")).resolve()
+        for number, path in enumerate(paths)
+    ]
     for i, place in enumerate(places):
         if place in places[:i]:
             raise UsageError(

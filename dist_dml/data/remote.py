@@ -70,7 +70,7 @@ def list_remote(pattern: str, retry: Retry = DEFAULT_RETRY) -> list[RemoteFile]:
     """The tars that a URL names, sorted: one file, `*` in the last part, a folder, or `{0..9}`.
 
     Ranges as `{000000..000127}` are written out and each file is asked for; web servers need them
-    unless they list their folders.
+    unless they list their folders. `${NAME}` stays in the names of the files.
 
     Raises:
         UsageError: nothing fits, or no client for such URLs is installed.
@@ -100,12 +100,28 @@ def list_remote(pattern: str, retry: Retry = DEFAULT_RETRY) -> list[RemoteFile]:
         files = _stat_all(inside, retry)
     else:
         files = [file_of(fs.unstrip_protocol(name), found[name]) for name in sorted(found)]
+    if "${" in pattern:
+        files = _named_as_given(files, pattern, folder)
     if not files:
         raise UsageError(
             f"{hide_secrets(pattern)}: no file {name} there; web servers that list no folders need "
             "a range as in https://host/train-{000000..000127}.tar"
         )
     return files
+
+
+def _named_as_given(files: list[RemoteFile], pattern: str, folder: str) -> list[RemoteFile]:
+    """Listed files, whose names hold what `${NAME}` stands for, with `${NAME}` again."""
+    path = pattern.partition("?")[0]
+    given = path.rpartition("/")[0] if "*" in path else path.rstrip("/")
+    if file_system(given)[1].rstrip("/") != folder.rstrip("/"):
+        raise UsageError(
+            f"{hide_secrets(pattern)}: a value of ${{NAME}} has a ? or *; in a folder that is "
+            "listed, write these yourself"
+        )
+    return [
+        RemoteFile(f"{given}/{file.url.rpartition('/')[2]}", file.size, file.tag) for file in files
+    ]
 
 
 def open_remote(url: str, retry: Retry) -> io.BufferedReader:

@@ -9,6 +9,7 @@ from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from dist_dml.credentials import expand
 from dist_dml.data.faults import StorageFault
 from dist_dml.data.retry import Interrupted, ShortAnswer, hide_secrets
 from dist_dml.errors import UsageError
@@ -29,7 +30,7 @@ class RemoteFile:
     """One object of a store as it was at some time.
 
     Attributes:
-        url: with its scheme.
+        url: with its scheme, as it was given: `${NAME}` stands for a password.
         size: bytes.
         tag: what changes with its content: ETag, checksum or date as text; "" where nothing does.
     """
@@ -42,12 +43,16 @@ class RemoteFile:
 def file_system(url: str) -> tuple[Any, str]:
     """fsspec's client for a URL, and the path that it wants. fsspec keeps one of each kind.
 
+    Here alone `${NAME}` becomes the environment's value: the path may hold a secret.
+
     Raises:
-        UsageError: the client is not installed, or there is none for such URLs.
+        UsageError: the client is not installed, there is none for such URLs, or an environment
+            variable is not set.
     """
     scheme = url.split("://")[0]
     if "::" in url:
         raise UsageError(f"{hide_secrets(url)}: chained URLs (::) are not read; name the file")
+    url = expand(url, "shard URL")
     # A listing that was true an hour ago would hide that an object has changed.
     options: dict[str, Any] = {"use_listings_cache": False}
     try:

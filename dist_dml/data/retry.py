@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
+from dist_dml.credentials import redact
 from dist_dml.data.faults import StorageFault
 from dist_dml.keyed_random import generator, key_of
 
@@ -224,7 +225,10 @@ def reason_of(error: BaseException) -> str:
 
 
 def hide_secrets(text: str) -> str:
-    """`text` with its URLs shown as scheme, host and path: without passwords and signatures."""
-    return re.sub(
-        r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^\s/'\"]*@)?([^\s?#'\"]*)[^\s'\"]*", r"\1\2", text
+    """`text` with its URLs shown as scheme, host and path: without passwords and signatures.
+
+    What `credentials.expand` has looked up is hidden wherever it stands.
+    """
+    return redact(
+        re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^\s/'\"]*@)?([^\s?#'\"]*)[^\s'\"]*", r"\1\2", text)
     )

@@ -12,6 +12,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from dist_dml.credentials import expand
 from dist_dml.data.faults import StorageFault
 from dist_dml.data.locked_files import (
     HolderStalled,
@@ -75,6 +76,8 @@ class ShardCache:
     def path(self, file: RemoteFile) -> Path:
         """Where a shard lies once it is here."""
         identity = "\0".join((file.url, str(file.size), file.tag))
+        if "${" in file.url:  # Whose value may be another host. Not its secrets: they get renewed.
+            identity += "\0" + hide_secrets(expand(file.url, "shard URL"))
         return self.folder / (hashlib.sha256(identity.encode()).hexdigest()[:32] + _WHOLE)
 
     def fetch(self, file: RemoteFile, stop: threading.Event | None = None) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from dist_dml.credentials import refuse_secret
 from dist_dml.data.faults import StorageFault
 from dist_dml.data.foreign_index import FOREIGN, Foreign, foreign_path
 from dist_dml.data.retry import Retry, hide_secrets
@@ -98,14 +99,23 @@ def remote_shards(pattern: str) -> list[ShardFile]:
     """The tars of an object store or a web server, sorted by name.
 
     Args:
-        pattern: a folder, a file, `s3://bucket/train-*.tar`, or `https://host/{000000..000127}.tar`.
+        pattern: a folder, a file, `s3://bucket/train-*.tar`, or `https://host/{000000..000127}.tar`;
+            passwords and signatures as `${NAME}`, since the index keeps the URLs.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or the URL holds a secret itself.
         RunError: the storage cannot be asked.
     """
     from dist_dml.data.remote import list_remote
 
+    refuse_secret(pattern, "--remote")
+    path = pattern.partition("?")[0]
+    if "${" in path.partition("://")[0] or "${" in path.rpartition("/")[2]:
+        # Splits, kept scans and readers go by scheme and file name.
+        raise UsageError(
+            f"--remote {hide_secrets(pattern)}: write scheme and file name yourself; ${{NAME}} may "
+            "stand between them, and behind a ?"
+        )
     try:
         found = [file for file in list_remote(pattern, _retry()) if _is_tar(file.url)]
     except StorageFault as error:

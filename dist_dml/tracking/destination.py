@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import yaml
 
 from dist_dml.config import Config, TrackingConfig
+from dist_dml.credentials import check_values, expand, redact, refuse_secret
 from dist_dml.errors import UsageError
 from dist_dml.tracking.run_files import CONFIG
 
@@ -21,7 +22,8 @@ class Destination:
     """An MLflow experiment, and the name that the run has there.
 
     Attributes:
-        uri: a tracking server (http, https, databricks) or a database (sqlite, postgresql, ...).
+        uri: a tracking server (http, https, databricks) or a database (sqlite, postgresql, ...), as
+            configured: `${NAME}` stands for a password.
         artifact_root: folder for the artifacts of an experiment created here; None where a server
             decides.
     """
@@ -31,16 +33,33 @@ class Destination:
     run_name: str
     artifact_root: Path | None
 
+    @property
+    def address(self) -> str:
+        """What MLflow is to connect to, with its secrets: never to be shown or stored.
+
+        Raises:
+            UsageError: an environment variable is not set.
+        """
+        return expand(self.uri, "tracking.mlflow_uri")
+
+    @property
+    def shown(self) -> str:
+        """The URI for messages and files."""
+        return redact(self.uri)
+
 
 def destination_of(tracking: TrackingConfig, run_root: Path, run_name: str) -> Destination:
     """The destination that a config asks for; by default `run_root/mlflow.db`.
 
     Raises:
         UsageError: for a folder or `file:` URI. MLflow gave its file store up (it refuses it since
-            3.13, and runs in it are not seen by the UI).
+            3.13, and runs in it are not seen by the UI); for one that holds a secret itself, or
+            whose environment variables are not set.
     """
     uri = tracking.mlflow_uri or f"sqlite:///{(run_root / DATABASE).resolve()}"
-    scheme = urlsplit(uri).scheme
+    refuse_secret(uri, "tracking.mlflow_uri")
+    # A folder of this name may hold `${`; only what the user gave is expanded.
+    scheme = urlsplit(expand(tracking.mlflow_uri, "tracking.mlflow_uri") or uri).scheme
     if scheme in ("", "file"):
         raise UsageError(
             f"tracking.mlflow_uri={uri!r} is a folder, which MLflow no longer accepts as a store; "
@@ -60,11 +79,15 @@ def stored_config(folder: Path) -> Config:
     path = folder / CONFIG
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        check_values(content)
         return Config.model_validate(content or {})
     except OSError:
         raise UsageError(f"{folder} is not the folder of a run: it has no {CONFIG}") from None
+    except UsageError as error:
+        # Of a run of an earlier version: MLflow gets this file.
+        raise UsageError(f"{path}: {error}") from None
     except (ValueError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(redact(str(error)).split())[:200]
         raise UsageError(f"{path} cannot be read as a config: {reason}") from None
 
 

@@ -103,6 +103,8 @@ def _command(
     folder: Path, destination: Destination, attempt: str, system_metrics: bool
 ) -> list[str]:
     command = [sys.executable, "-m", "dist_dml.tracking.mirror_process", str(folder.resolve())]
+    # Everybody on the machine sees a command line. Secrets stand there as `${NAME}`, which the
+    # process looks up in the environment that it inherits.
     command += ["--uri", destination.uri, "--experiment", destination.experiment]
     command += ["--run-name", destination.run_name]
     if destination.artifact_root is not None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from dist_dml.credentials import RedactedStream
 from dist_dml.errors import UsageError
 from dist_dml.tracking import run_files
 from dist_dml.tracking.destination import Destination
@@ -66,6 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--interval-seconds", type=float, default=5.0)
     parser.add_argument("--system-metrics", action="store_true")
     given = parser.parse_args(arguments)
+    # Both are `mlflow.log`: what libraries print themselves, tracebacks as well, has no secrets.
+    sys.stdout, sys.stderr = RedactedStream(sys.stdout), RedactedStream(sys.stderr)
     # The trainer and its decoders come first.
     os.nice(10)
     destination = Destination(given.uri, given.experiment, given.run_name, given.artifact_root)

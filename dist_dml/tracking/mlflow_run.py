@@ -38,7 +38,7 @@ def connect(destination: Destination) -> MlflowClient:
 
     if destination.artifact_root is not None:
         destination.artifact_root.mkdir(parents=True, exist_ok=True)
-    return MlflowClient(tracking_uri=destination.uri)
+    return MlflowClient(tracking_uri=destination.address)
 
 
 def mlflow_name(name: str) -> str:

@@ -59,7 +59,7 @@ def is_mirrored(folder: Path, destination: Destination) -> bool:
 
 
 def _key(destination: Destination) -> str:
-    return f"{destination.uri} {destination.experiment}"
+    return f"{destination.shown} {destination.experiment}"
 
 
 def save_received(folder: Path, destination: Destination, received: Received) -> None:

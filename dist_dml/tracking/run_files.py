@@ -15,6 +15,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from dist_dml.credentials import redact
 from dist_dml.whole_files import write_json
 
 METRICS = "metrics.jsonl"
@@ -159,8 +160,9 @@ def last_status(folder: Path) -> dict[str, Any]:
 
 
 def note_problem(folder: Path, text: str) -> None:
-    """Add one line to the mirror's log. Never raises: things go wrong already where it is used."""
-    line = " ".join(text.split())[:500]
+    """Add one line to the mirror's log, without secrets. Never raises: things go wrong already."""
+    # Redacted before it is cut: the first half of a password would not be known as one.
+    line = " ".join(redact(text).split())[:500]
     try:
         with (folder / MIRROR_LOG).open("a", encoding="utf-8") as stream:
             stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")

@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+from dist_dml.credentials import redact, refuse_secret
 from dist_dml.errors import RunError, UsageError
 from dist_dml.tracking import run_files
 from dist_dml.tracking.destination import destination_of, root_of, stored_config
@@ -16,7 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     sync = actions.add_parser("sync", help="send to MLflow what it does not have of a run")
     sync.add_argument("folder", type=Path, nargs="+", metavar="RUN_FOLDER")
-    sync.add_argument("--uri", help="tracking server or database; default: the run's own config")
+    sync.add_argument(
+        "--uri",
+        help="tracking server or database, secrets as ${NAME} (single quotes in a shell); default: "
+        "the run's own config",
+    )
     sync.add_argument("--experiment", help="default: the run's own config")
     sync.add_argument(
         "--status",
@@ -39,6 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def sync(folder: Path, uri: str | None, experiment: str | None, status: str | None) -> None:
     """Replay one run folder. None stands for what the run's config says. Errors as `run`."""
+    if uri is not None:
+        refuse_secret(uri, "--uri")
     config = stored_config(folder)
     tracking = config.tracking.model_copy(
         update={
@@ -64,14 +71,15 @@ def sync(folder: Path, uri: str | None, experiment: str | None, status: str | No
     except (UsageError, RunError):
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+        # Redacted before it is cut: the first half of a password would not be known as one.
+        reason = " ".join(redact(str(error)).split())[:300]
         raise RunError(
-            f"MLflow at {destination.uri} did not take {folder} ({reason}); nothing is lost: "
+            f"MLflow at {destination.shown} did not take {folder} ({reason}); nothing is lost: "
             "repeat the command when it answers, or give another store with --uri"
         ) from None
     state = run_files.last_status(folder).get("status", "of unknown status")
     print(
-        f"{folder} is in MLflow: {destination.uri}, experiment {destination.experiment!r}, "
+        f"{folder} is in MLflow: {destination.shown}, experiment {destination.experiment!r}, "
         f"run {run_id}, {state}"
     )
     if state == "RUNNING":

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from dist_dml.credentials import redact
 from dist_dml.data.csv_rows import csv_rows
 from dist_dml.data.pack.url_images import is_url
 from dist_dml.errors import UsageError
@@ -142,7 +143,8 @@ def _place(where: str, value: Any, root: Path, anywhere: bool) -> str:
     if is_url(text):
         return text
     if "://" in text:
-        raise UsageError(f"{where}: {text[:80]!r}: only http:// and https:// are fetched")
+        shown = redact(text)[:80]
+        raise UsageError(f"{where}: {shown!r}: only http:// and https:// are fetched")
     leads_out = os.path.isabs(text) or ".." in text.split("/")
     if leads_out and not anywhere:
         raise UsageError(

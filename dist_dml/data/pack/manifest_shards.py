@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from dist_dml.credentials import redact
 from dist_dml.data.pack.columns import image_extension
 from dist_dml.data.pack.image_files import Tree, shrink
 from dist_dml.data.pack.listed_images import note
@@ -56,7 +57,8 @@ def render_shard(
             continue
         if not remote:
             raise RunError(f"{tree.where(row[PATH])}: {sample}; correct row {row[NUMBER]}")
-        failed.append((row[NUMBER], row[LABEL], row[PATH], sample))
+        # Signatures and passwords of URLs stay in the manifest.
+        failed.append((row[NUMBER], row[LABEL], redact(row[PATH]), sample))
         if len(failed) > max_failed * len(urls):
             raise RunError(
                 f"{shard.name}: {len(failed):,} of {len(urls):,} URLs failed ({_kinds(failed)}), "
@@ -79,7 +81,8 @@ def _sample(
             data, extension, *_ = shrink(data, extension, resize, row[PATH])
         except RunError:
             return "it cannot be decoded"
-    own = {"label": row[LABEL], "url" if remote else "file": row[PATH], "row": int(row[NUMBER])}
+    place = redact(row[PATH]) if remote else row[PATH]
+    own = {"label": row[LABEL], "url" if remote else "file": place, "row": int(row[NUMBER])}
     return {
         "__key__": f"{int(row[NUMBER]):09d}",
         extension: data,
