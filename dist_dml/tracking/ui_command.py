@@ -1,15 +1,22 @@
-"""`dist-dml ui`: the MLflow UI on the runs of a folder."""
+"""`dist-dml ui`: the MLflow UI on the runs of a folder.
+
+MLflow asks nobody who he is. So the UI is for this machine alone unless `--host` says otherwise,
+and it answers only to the names that it is told: a page of another name that points here (DNS
+rebinding) gets nothing, nor does one of another origin that sends it requests.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import importlib.util
+import ipaddress
 import os
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from dist_dml.errors import UsageError
@@ -22,26 +29,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `dist-dml ui`."""
     parser.add_argument("--root", type=Path, default=Path("runs"), help="folder of the runs")
     parser.add_argument("--port", type=int, default=5000)
+    parser.add_argument(
+        "--host",
+        default=HOST,
+        help=f"address to listen on (default: {HOST}, this machine alone); another one needs "
+        "--allowed-hosts, and a proxy that asks for passwords: MLflow asks for none",
+    )
+    parser.add_argument(
+        "--allowed-hosts",
+        default="",
+        metavar="NAME,...",
+        help="names by which browsers reach the UI (mlflow.example.org); others get nothing",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Serve the UI on this machine alone, until Ctrl-C. Returns MLflow's exit code.
+    """Serve the UI until Ctrl-C. Returns MLflow's exit code.
 
     Raises:
-        UsageError: if there is no database, MLflow is not installed, or the port is taken.
+        UsageError: if there is no database, MLflow is not installed, the address is taken, or is
+            none of this machine's own without names that may ask.
     """
-    command = ui_command(arguments.root, arguments.port)
+    names = [name.strip() for name in arguments.allowed_hosts.split(",") if name.strip()]
+    command = ui_command(arguments.root, arguments.port, arguments.host, names)
     # The server starts others, which outlive it when it is killed: they get a session of their own,
     # that is ended as a whole.
     environment = os.environ | {
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
+    # It would switch off the checks that the command asks for.
+    environment.pop("MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE", None)
     process = subprocess.Popen(command, env=environment, start_new_session=True)
+    shown = f"{_bracketed(arguments.host)}:{arguments.port}"
+    if not _is_loopback(arguments.host):
+        shown = _spellings(names[0], arguments.port)[0]
     print(
         # MLflow 3 opens on its pages for language models; the parameter asks for training runs.
         f"MLflow UI of {arguments.root}: "
-        f"http://{HOST}:{arguments.port}/#/experiments?workflowType=machine_learning "
+        f"http://{shown}/#/experiments?workflowType=machine_learning "
         "(there in about 10 s; Ctrl-C ends it)",
         flush=True,
     )
@@ -55,27 +81,82 @@ def run(arguments: argparse.Namespace) -> int:
         _stop(process)
 
 
-def ui_command(root: Path, port: int) -> list[str]:
-    """The command that serves the UI of `root`. Raises what `run` raises."""
+def ui_command(
+    root: Path, port: int, host: str = HOST, allowed_hosts: Sequence[str] = ()
+) -> list[str]:
+    """The command that serves the UI of `root`. Raises what `run` raises.
+
+    Args:
+        root: folder of the runs.
+        port: to listen on.
+        host: address or name of this machine to listen on.
+        allowed_hosts: names, with or without a port, that requests may ask for besides loopback's.
+    """
     database = root / DATABASE
     if not database.is_file():
         raise UsageError(
             f"there is no MLflow database {database}; train first (tracking.mlflow=true), name the "
             "folder of the runs with --root, or fill it with `dist-dml track sync RUN_FOLDER`"
         )
+    if not _is_loopback(host) and not allowed_hosts:
+        raise UsageError(
+            f"--host={host} lets other machines in; name with --allowed-hosts by which names "
+            "browsers reach it, for example --allowed-hosts mlflow.example.org"
+        )
+    for name in allowed_hosts:
+        if not name.strip("*?:.[]"):
+            raise UsageError(
+                f"--allowed-hosts={name} allows any name, and with it any web page that points a "
+                "name of its own here; list the names"
+            )
     if importlib.util.find_spec("mlflow") is None:
         raise UsageError("mlflow is not installed; run `pip install 'dist_dml[mlflow]'`")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except (OSError, OverflowError) as error:
-            raise UsageError(
-                f"port {port} cannot be used ({error}); give another with --port"
-            ) from None
-    command = [sys.executable, "-m", "mlflow", "ui", "--host", HOST, "--port", str(port)]
+    _check_free(host, port)
+    # Of any port, as `ssh -L 8080:localhost:5000` makes one of its own.
+    names = ["localhost", "localhost:*", "127.0.0.1", "127.0.0.1:*", f"[::1]:{port}"]
+    names += [with_port for name in allowed_hosts for with_port in _spellings(name, port)]
+    command = [sys.executable, "-m", "mlflow", "ui", "--host", host, "--port", str(port)]
     command += ["--backend-store-uri", f"sqlite:///{database.resolve()}"]
+    # Always explicit: MLflow's default lets every private address in, and the environment changes
+    # it. Origins are those of the UI's own pages.
+    command += ["--allowed-hosts", ",".join(dict.fromkeys(names))]
+    command += ["--cors-allowed-origins", ",".join(_origins(names)), "--x-frame-options", "DENY"]
     return [*command, "--workers", "1", "--uvicorn-opts", "--log-level=warning"]
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _spellings(name: str, port: int) -> list[str]:
+    """What browsers send for a name: with the port, or without one behind a proxy."""
+    has_port = name.rpartition(":")[2].isdigit() and not name.endswith("]")
+    return [name] if has_port else [f"{name}:{port}", name]
+
+
+def _origins(names: Sequence[str]) -> list[str]:
+    return [f"{scheme}://{name}" for name in dict.fromkeys(names) for scheme in ("http", "https")]
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
+def _check_free(host: str, port: int) -> None:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except (OSError, OverflowError) as error:
+        raise UsageError(
+            f"port {port} of {host} cannot be used ({error}); give another with --port or --host"
+        ) from None
 
 
 def _interrupt(number: int, frame: object) -> None:
