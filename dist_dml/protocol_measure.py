@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from dist_dml.command_line import run_command
 from dist_dml.config_loading import Resolved
 from dist_dml.data.opening import open_index
 from dist_dml.entry import run_worker
-from dist_dml.errors import RunError
+from dist_dml.errors import RunError, UsageError
 from dist_dml.evaluate import load_for_evaluation
 from dist_dml.measurement import measure_model
 from dist_dml.parallel.world import World
@@ -111,9 +112,21 @@ def write_embeddings(path: Path, embeddings: Embeddings) -> None:
 
 
 def read_embeddings(path: Path) -> Embeddings:
-    """What `write_embeddings` has written."""
-    with np.load(path, allow_pickle=False) as found:
-        return Embeddings(found["vectors"], found["labels"], found["ids"])
+    """What `write_embeddings` has written.
+
+    Raises:
+        UsageError: the file is damaged or another one; a pickle in it is never opened.
+    """
+    try:
+        # Opened here: numpy leaves a file open that is no archive.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as found:
+            return Embeddings(found["vectors"], found["labels"], found["ids"])
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise UsageError(
+            f"{path} cannot be read as embeddings ({reason}); delete {path.with_name(TEST_FILE)} "
+            "and run the same command again"
+        ) from None
 
 
 def _peak(run: Path) -> float | None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 
+from dist_dml.errors import UsageError
 from dist_dml.whole_files import sync_folder
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -36,12 +37,16 @@ def write_shard(path: Path, samples: Iterable[Mapping[str, str | bytes]]) -> int
 
     Returns:
         The number of samples written.
+
+    Raises:
+        UsageError: a key would lead out of the folder that somebody extracts the tar in.
     """
     temporary = path.with_name(path.name + ".tmp")
     count = 0
     try:
         with temporary.open("wb") as stream:
             for sample in samples:
+                _check_key(path, str(sample["__key__"]))
                 stream.writelines(_member_pieces(sample))
                 count += 1
             # Two empty blocks end a tar, which fills whole records of 20.
@@ -54,6 +59,15 @@ def write_shard(path: Path, samples: Iterable[Mapping[str, str | bytes]]) -> int
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
     return count
+
+
+def _check_key(path: Path, key: str) -> None:
+    """Refuse what only a crafted source names a sample: an absolute name, `..`, a zero byte."""
+    if key.startswith("/") or "\0" in key or (".." in key and ".." in key.split("/")):
+        raise UsageError(
+            f"{path}: key {key[:80]!r} would lead out of the folder that the tar is extracted in; "
+            "correct the names of the source"
+        )
 
 
 def _member_pieces(sample: Mapping[str, str | bytes]) -> list[bytes]:

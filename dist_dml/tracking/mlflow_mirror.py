@@ -66,6 +66,9 @@ def mirror_once(folder: Path, destination: Destination) -> str:
         for name in (run_files.METRICS, run_files.SYSTEM):
             _send_metrics(client, folder, destination, received, name, identity["started_at"])
         _send_artifacts(client, folder, destination, received)
+        # At its begin and at its end: a request that was late may have come to effect meanwhile.
+        if received.status != run_files.last_status(folder):
+            mlflow_run.remove_twins(client, experiment, identity, run.info.run_id)
         _send_status(client, folder, destination, received)
         return run.info.run_id
 
@@ -134,7 +137,11 @@ def _last_steps(client: MlflowClient, run_id: str, names: list[str]) -> dict[str
 def _send_artifacts(
     client: MlflowClient, folder: Path, destination: Destination, received: Received
 ) -> None:
-    """Upload the files that were noted. One that is gone meanwhile is passed over."""
+    """Upload the files that were noted. One that is gone meanwhile is passed over.
+
+    So is one outside the run folder: a folder that comes from elsewhere must not send this
+    machine's files to a server.
+    """
     assert received.run_id is not None
     name = run_files.EVENTS
     while True:
@@ -143,7 +150,9 @@ def _send_artifacts(
         if following == offset:
             return
         for path, target in {(e["path"], e.get("folder")): None for e in lines if "path" in e}:
-            if (folder / path).is_file():
+            if not (folder / path).resolve().is_relative_to(folder.resolve()):
+                run_files.note_problem(folder, f"{path} lies outside the run folder; not uploaded")
+            elif (folder / path).is_file():
                 client.log_artifact(received.run_id, str(folder / path), target or None)
             else:
                 run_files.note_problem(folder, f"{path} is not there any more; not uploaded")

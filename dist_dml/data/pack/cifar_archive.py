@@ -22,6 +22,8 @@ from dist_dml.errors import UsageError
 PAGE = "https://www.cs.toronto.edu/~kriz/cifar.html"
 _SIDE = 32
 _PIXEL_BYTES = 3 * _SIDE * _SIDE
+_MAX_BYTES = 2**29
+"""Of one member; the largest official one has 154 MB. A small archive can hold a huge one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +172,11 @@ def _tar_files(path: Path) -> Iterator[tuple[str, bytes | None]]:
                 if not member.isreg():
                     continue
                 name = PurePosixPath(member.name).name
+                if name in _MEMBERS and member.size > _MAX_BYTES:
+                    raise UsageError(
+                        f"{path}: {name} has {member.size:,} bytes, expected at most "
+                        f"{_MAX_BYTES:,}; {_WHERE}"
+                    )
                 stream = tar.extractfile(member) if name in _MEMBERS else None
                 yield name, stream.read() if stream is not None else None
             # To the very end, where gzip keeps the checksum: nothing else would find a wrong bit.

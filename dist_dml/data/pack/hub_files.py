@@ -93,7 +93,10 @@ def _split_of(file: Path, top: Path) -> tuple[Path, str]:
 
 
 def _plain_name(name: Any) -> bool:
-    return isinstance(name, str) and bool(name) and name not in (".", "..") and "/" not in name
+    """Whether a name that a file states is that of one file or folder beside it."""
+    if not isinstance(name, str) or not name.isprintable():  # A zero byte is not printable.
+        return False
+    return name not in ("", ".", "..") and "/" not in name and "\\" not in name
 
 
 def _json(path: Path) -> Mapping[str, Any]:
