@@ -225,10 +225,12 @@ def reason_of(error: BaseException) -> str:
 
 
 def hide_secrets(text: str) -> str:
-    """`text` with its URLs shown as scheme, host and path: without passwords and signatures.
+    """`text` with its URLs shown as `plain_urls` does, and without what `expand` has looked up."""
+    return redact(plain_urls(text))
 
-    What `credentials.expand` has looked up is hidden wherever it stands.
-    """
-    return redact(
-        re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^\s/'\"]*@)?([^\s?#'\"]*)[^\s'\"]*", r"\1\2", text)
+
+def plain_urls(text: str) -> str:
+    """`text` with its URLs as scheme, host and path: without passwords and signatures."""
+    return re.sub(
+        r"([A-Za-z][A-Za-z0-9+.-]*://)(?:[^\s/'\"]*@)?([^\s?#'\"]*)[^\s'\"]*", r"\1\2", text
     )

@@ -23,7 +23,7 @@ from dist_dml.data.locked_files import (
 )
 from dist_dml.data.remote import read_blocks
 from dist_dml.data.remote_client import STALL_SECONDS, RemoteFile
-from dist_dml.data.retry import Retry, hide_secrets
+from dist_dml.data.retry import Retry, hide_secrets, plain_urls
 from dist_dml.data_config import StorageConfig
 from dist_dml.errors import UsageError
 
@@ -77,7 +77,7 @@ class ShardCache:
         """Where a shard lies once it is here."""
         identity = "\0".join((file.url, str(file.size), file.tag))
         if "${" in file.url:  # Whose value may be another host. Not its secrets: they get renewed.
-            identity += "\0" + hide_secrets(expand(file.url, "shard URL"))
+            identity += "\0" + plain_urls(expand(file.url, "shard URL"))
         return self.folder / (hashlib.sha256(identity.encode()).hexdigest()[:32] + _WHOLE)
 
     def fetch(self, file: RemoteFile, stop: threading.Event | None = None) -> None:

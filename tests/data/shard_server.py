@@ -27,6 +27,8 @@ class ShardServer:
         requests: name and first byte asked for, of every request.
         ranges: whether byte ranges are known.
         tags: whether answers carry an ETag.
+        authorization: the header that requests must have; without one, or with another, 401.
+        query: what must stand behind the ? of a file; else 403.
     """
 
     url: str = ""
@@ -36,6 +38,8 @@ class ShardServer:
     requests: list[tuple[str, int]] = field(default_factory=list)
     ranges: bool = True
     tags: bool = True
+    authorization: str = ""
+    query: str = ""
     on_request: Callable[[str], None] | None = None
 
     def starts(self, name: str, at_least: int = -1) -> list[int]:
@@ -69,6 +73,10 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(fault[1])
         if isinstance(fault, int):
             self._status(fault)
+        elif state.authorization not in ("", self.headers.get("Authorization")):
+            self._status(401)
+        elif state.query and not name.endswith("/") and self.path.partition("?")[2] != state.query:
+            self._status(403)
         elif name.endswith("/") or not name:
             self._folder(name)
         elif name not in state.files:
