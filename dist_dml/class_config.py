@@ -17,7 +17,11 @@ class ClassesConfig(BaseModel):
     """How a worker computes and updates its share of the classes."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=False, use_attribute_docstrings=True
+        frozen=True,
+        extra="forbid",
+        strict=False,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
     backend: Literal["auto", "torch", "native", "triton"] = "auto"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 
 import yaml
 
@@ -61,10 +62,14 @@ def _print_with_origins(tree: dict, origins: object, prefix: str, changed: bool)
                 print(f"{indent}{name}:")
                 _print_with_origins(value, origins, key, changed)
         elif not changed or origins[key] != "default":
-            print(f"{f'{indent}{name}: {_inline(value)}':<56}  # {origins[key]}")
+            # A file's name may hold bytes that are no text.
+            origin = origins[key].encode("utf-8", "backslashreplace").decode()
+            print(f"{f'{indent}{name}: {_inline(value)}':<56}  # {origin}")
 
 
 def _inline(value: object) -> str:
     """A value as YAML on one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=10_000)
-    return text.strip().removesuffix("...").strip()
+    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf).strip()
+    text = text.removesuffix("...").strip()
+    # YAML writes a text with line breaks on several lines; JSON, which is YAML too, escapes them.
+    return json.dumps(value) if "\n" in text else text

@@ -16,59 +16,29 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import re
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from dist_dml.config import Config
-from dist_dml.credentials import check_values
+from dist_dml.credentials import check_values, redact
 from dist_dml.errors import UsageError
+from dist_dml.plain_yaml import PlainDumper, load_plain
 
 # Keys that say where a run lives, not what it computes: they are left out of the hash.
 _PLACE_KEYS = ("run.name", "run.root", "run.resume")
 
 
 VARIANTS = "variants"
-
-_FLOAT = re.compile(r"^[-+]?([0-9][0-9_]*)(\.[0-9_]*)?[eE][-+]?[0-9]+$")
-_BOOLEAN = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain values, and no key twice.
-
-    PyYAML follows 1.1, where `1e-3` is text (it asks for a point), `no` is false and 2026-01-01 a
-    date: `resume: no` and `name: 2026-01-01` mean text here.
-    """
-
-    yaml_implicit_resolvers: ClassVar = {
-        first: [(tag, form) for tag, form in forms if not tag.endswith((":bool", ":timestamp"))]
-        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Refuses what PyYAML answers by silently keeping the last of equal keys."""
-        seen = set()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if key.value in seen:
-                problem = f"the key {key.value!r} is there twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes every text that YAML 1.1 or 1.2 would read as something else."""
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", _BOOLEAN, list("tTfF"))
-for _kind in (_Loader, _Dumper):
-    _kind.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_MOST_SHOWN = 120
+"""Characters of a value in a message."""
+_MOST_PARTS = 16
+"""Of a dotted key, far more than there are."""
 
 
 @dataclass(frozen=True)
@@ -102,12 +72,15 @@ def resolve(path: str | Path | Sequence[str | Path] | None, overrides: Sequence[
         key, separator, value = text.partition("=")
         if not separator or not key.strip("-"):
             raise UsageError(
-                f"argument {text!r} is not understood; override a value as section.key=value, "
-                "for example optimizer.learning_rate=1e-3"
+                f"argument {_shown(text)} is not understood; override a value as "
+                "section.key=value, for example optimizer.learning_rate=1e-3"
             )
         # Nothing after the sign is the empty text (`checkpoint.best_metric=`), not YAML's null.
-        nested = _parse(value, f"argument {text!r}") if value.strip() else ""
-        for part in reversed(key.split(".")):
+        nested = _parse(value, f"argument {_shown(text)}") if value.strip() else ""
+        parts = key.split(".")
+        if len(parts) > _MOST_PARTS:  # What goes through the values goes through them by recursion.
+            raise UsageError(f"argument: unknown key {_shown(key)}; {_did_you_mean(key, '')}")
+        for part in reversed(parts):
             nested = {part: nested}
         _merge(tree, nested, "", origins, "argument")
     check_values(tree)  # First of all: a refusal of another kind would repeat a secret.
@@ -118,7 +91,7 @@ def _layers(given: str) -> Iterator[tuple[dict[Any, Any], str]]:
     """What a file says outside its variants, then the one that is asked for, with their origins."""
     path, variant = Path(given), ""
     # A file whose name has a colon is still a file.
-    if ":" in given and not path.is_file():
+    if ":" in given and not os.path.isfile(given):
         file, _, variant = given.rpartition(":")
         path = Path(file)
         if not variant:
@@ -144,23 +117,27 @@ def variant_names(path: str | Path) -> list[str]:
 
 
 def _variant(variants: Mapping[Any, Any], name: str, path: Path) -> dict[Any, Any]:
-    known = [str(key) for key in variants]
-    if name not in variants:
+    by_name = {str(key): tree for key, tree in variants.items()}
+    known = list(by_name)
+    if name not in by_name:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {path}:{near[0]}? It has {', '.join(known)}" if near else ""
         hint = hint or (f"it has {', '.join(known)}" if known else "it has none")
         raise UsageError(f"--config {path}:{name}: the file has no variant {name!r}; {hint}")
-    tree = variants[name]
+    tree = by_name[name]
     if tree is not None and not isinstance(tree, dict):
-        raise UsageError(f"{path}: variant {name} is {tree!r}; expected sections such as `loss:`")
+        raise UsageError(
+            f"{path}: variant {name} is {_shown(tree)}; expected sections such as `loss:`"
+        )
     return tree or {}
 
 
 def _read_yaml(path: Path) -> dict[Any, Any]:
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+    except (OSError, ValueError) as error:  # Of a zero byte in the path, the latter.
+        decoding = isinstance(error, UnicodeDecodeError)
+        reason = "it is not UTF-8 text" if decoding else getattr(error, "strerror", None) or error
         raise UsageError(
             f"--config {path} cannot be read ({reason}); give the path of a YAML file, "
             "for example configs/demo.yaml"
@@ -175,12 +152,9 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
 
 def _parse(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader: builds plain values only
-    except yaml.YAMLError as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
-        problem = getattr(error, "problem", None) or "not YAML"
-        raise UsageError(f"{source} is not valid YAML{line}: {problem}; mend it there") from None
+        return load_plain(text)
+    except ValueError as error:
+        raise UsageError(f"{source} is not valid YAML{redact(str(error))}; mend it there") from None
 
 
 def _merge(
@@ -191,12 +165,12 @@ def _merge(
     if not isinstance(update, dict):
         keys = ", ".join(model.model_fields)
         raise UsageError(
-            f"{origin}: {prefix} is a section and got {update!r}; set one of its keys: {keys}"
+            f"{origin}: {prefix} is a section and got {_shown(update)}; set one of its keys: {keys}"
         )
     for name, value in update.items():
         key = f"{prefix}.{name}" if prefix else str(name)
         if name not in model.model_fields:
-            raise UsageError(f"{origin}: unknown key {key!r}; {_did_you_mean(key, prefix)}")
+            raise UsageError(f"{origin}: unknown key {_shown(key)}; {_did_you_mean(key, prefix)}")
         annotation = model.model_fields[name].annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             _merge(tree.setdefault(name, {}), value, key, origins, origin)
@@ -249,10 +223,17 @@ def _explain(error: ValidationError) -> str:
         sentence = message
     elif first["type"] == "extra_forbidden":
         known = _item_model(first["loc"]).model_fields
-        sentence = f"unknown key {key!r}; known here: {', '.join(known)}"
+        sentence = f"unknown key {_shown(key)}; known here: {', '.join(known)}"
     else:
-        sentence = f"{key}={first['input']!r}: {message[:1].lower()}{message[1:]}"
-    return sentence + (f" (and {len(more)} more)" if more else "")
+        sentence = f"{key}={_shown(first['input'])}: {message[:1].lower()}{message[1:]}"
+    # Messages of validators have values of texts in them.
+    return redact(" ".join(sentence.split())) + (f" (and {len(more)} more)" if more else "")
+
+
+def _shown(value: Any) -> str:
+    """A value for a message: one line, without secrets, and not all of a long one."""
+    text = redact(repr(value))
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN - 3]}..."
 
 
 def _item_model(location: tuple[int | str, ...]) -> type[BaseModel]:
@@ -283,7 +264,7 @@ def config_hash(config: Config) -> str:
 
 def to_yaml(config: Config) -> str:
     """The whole configuration as YAML that `resolve` reads back to an equal one."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=PlainDumper, sort_keys=False)
 
 
 def differences(first: Config, second: Config) -> list[tuple[str, Any, Any]]:

@@ -32,7 +32,11 @@ class LossConfig(BaseModel):
     """The objective: class-parallel, or of the pairs of a batch."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=False, use_attribute_docstrings=True
+        frozen=True,
+        extra="forbid",
+        strict=False,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
     name: Literal[

@@ -97,6 +97,7 @@ LEVELS = {
         (
             "whole_files",
             "strict_json",
+            "plain_yaml",
             "class_config",
             "config_types",
             "credentials",
