@@ -17,18 +17,21 @@ under its final name a checkpoint is complete. Several machines need a file syst
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from dist_dml.checkpoint_manifest import MANIFEST, Manifest, Progress, manifest_checksum
 from dist_dml.engine import Engine
@@ -52,22 +55,47 @@ class Contents:
     config_hash: str
 
 
-def save_checkpoint(
-    folder: Path,
-    contents: Contents,
+@dataclass(frozen=True)
+class Snapshot:
+    """One worker's part of a checkpoint, in tensors that nobody changes while it is written.
+
+    Attributes:
+        files: tensors by name of the file and of the tensor.
+        class_file: start and stop of this worker's classes, and the file that holds them.
+        num_classes: of all workers.
+    """
+
+    files: Mapping[str, Mapping[str, Tensor]]
+    class_file: tuple[int, int, str]
+    num_classes: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(value.nbytes for values in self.files.values() for value in values.values())
+
+
+def on_cpu(name: str, value: Tensor) -> Tensor:
+    """A tensor as it can be written at once: no copy, where it lies in main memory already."""
+    del name
+    return value.detach().cpu().contiguous()
+
+
+def take_snapshot(
     engine: Engine,
     head: Head,
     world: World,
-) -> Path:
-    """Write a checkpoint; called by all workers together. Returns its folder.
+    keep: Callable[[str, Tensor], Tensor] = on_cpu,
+) -> Snapshot:
+    """This worker's part of a checkpoint; by all workers together, as ZeRO gathers its state.
 
-    Raises:
-        RunError: on every worker, if any of them could not write. Nothing under a final name has
-            changed then, and the temporary folder is removed.
+    Args:
+        engine: the embedder and its optimizer.
+        head: what stands behind it.
+        world: all workers.
+        keep: from a unique name and a tensor to one in main memory; a copy, if training goes on.
     """
-    final = folder / f"step-{contents.progress.step:09d}"
-    temporary = final.with_name(final.name + ".tmp")
-    tensors = {}
+    tensors: dict[str, dict[str, Tensor]] = {}
     optimizer_state = engine.optimizer_tensors()
     if world.is_first:
         tensors[_EMBEDDER] = dict(engine.embedder.state_dict())
@@ -77,39 +105,87 @@ def save_checkpoint(
     partition = head.partition
     class_file = f"classes-{world.rank:05d}-of-{world.size:05d}.safetensors"
     tensors[class_file] = head.shard_tensors()
+    kept = {
+        file: {key: keep(f"{file}/{key}", value) for key, value in values.items()}
+        for file, values in tensors.items()
+    }
+    place = (partition.start, partition.stop, class_file)
+    return Snapshot(kept, place, partition.num_classes)
 
+
+def save_checkpoint(
+    folder: Path,
+    contents: Contents,
+    engine: Engine,
+    head: Head,
+    world: World,
+) -> Path:
+    """Write a checkpoint and wait for it; by all workers together. Returns its folder.
+
+    Raises:
+        RunError: see `write_snapshot`.
+    """
+    snapshot = take_snapshot(engine, head, world)
+    return write_snapshot(folder, contents, snapshot, world.rank, world.group)
+
+
+def write_snapshot(
+    folder: Path,
+    contents: Contents,
+    snapshot: Snapshot,
+    rank: int,
+    group: ProcessGroup | None,
+) -> Path:
+    """Write a checkpoint from all workers' snapshots. Returns its folder.
+
+    Args:
+        folder: of all checkpoints of the run.
+        contents: what goes into the manifest.
+        snapshot: this worker's part.
+        rank: of this worker.
+        group: all workers; nobody else sends messages in it meanwhile. None for one process.
+
+    Raises:
+        RunError: on every worker, if any of them could not write. Nothing under a final name has
+            changed then, and the temporary folder is removed.
+    """
+    final = folder / f"step-{contents.progress.step:09d}"
+    temporary = final.with_name(final.name + ".tmp")
+    first = rank == 0
+    needed = sum(gather_objects(snapshot.num_bytes, group))
+    agree = partial(_agree, rank, group)
     try:
-        _agree(world, lambda: _start_folder(temporary) if world.is_first else None)
-        written = _agree(world, lambda: _write_files(temporary, tensors, contents, world))
-        parts = gather_objects((partition.start, partition.stop, class_file), world.group)
+        agree(lambda: _start_folder(temporary, needed) if first else None)
+        written = agree(lambda: _write_files(temporary, snapshot, contents, first))
+        parts = gather_objects(snapshot.class_file, group)
         files = {name: entry for worker in written for name, entry in worker.items()}
         manifest = Manifest(
             contents.progress,
             contents.plan,
-            partition.num_classes,
+            snapshot.num_classes,
             contents.config_hash,
             parts,
             files,
         )
-        _agree(
-            world, lambda: finish_checkpoint(temporary, final, manifest) if world.is_first else None
-        )
+        agree(lambda: finish_checkpoint(temporary, final, manifest) if first else None)
     except RunError:
         # All have agreed to give up. Removed earlier, the folder would vanish under a worker that
         # still writes, whose own error would then hide the reason.
-        if world.is_first:
+        if first:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
     return final
 
 
-def _agree(world: World, action: Callable[[], Any]) -> list[Any]:
+def _agree(rank: int, group: ProcessGroup | None, action: Callable[[], Any]) -> list[Any]:
     """Every worker's result, or the same RunError on all: nobody waits for one that gave up."""
     try:
         outcome, problem = action(), None
-    except (OSError, SafetensorError) as error:
-        outcome, problem = None, f"worker {world.rank}: {error}"
-    outcomes = gather_objects((outcome, problem), world.group)
+    except Exception as error:  # Whatever it is, the others must not wait for this worker.
+        known = isinstance(error, (OSError, SafetensorError))
+        outcome = None
+        problem = f"worker {rank}: {error if known else f'{type(error).__name__}: {error}'}"
+    outcomes = gather_objects((outcome, problem), group)
     for _, reason in outcomes:
         if reason is not None:
             raise RunError(
@@ -119,22 +195,31 @@ def _agree(world: World, action: Callable[[], Any]) -> list[Any]:
     return [result for result, _ in outcomes]
 
 
-def _start_folder(temporary: Path) -> None:
+def _start_folder(temporary: Path, needed: int) -> None:
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir(parents=True)
+    # Found before the disk is filled to the last byte, which others need for their records.
+    free = shutil.disk_usage(temporary).free
+    if free < needed:
+        reason = f"{needed / 2**20:.1f} MiB needed, {free / 2**20:.1f} MiB free"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {reason}")
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed attempts were writing. By the process that owns the run folder alone."""
+    for path in folder.glob("step-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _write_files(
-    temporary: Path, tensors: dict[str, dict[str, Tensor]], contents: Contents, world: World
+    temporary: Path, snapshot: Snapshot, contents: Contents, first: bool
 ) -> dict[str, dict[str, Any]]:
     entries = {}
-    for name, values in tensors.items():
-        # Tensors may be views of one another's storage (DDP's buckets), which is refused.
-        on_cpu = {key: value.detach().cpu().contiguous() for key, value in values.items()}
-        save_file(on_cpu, temporary / name)
+    for name, values in snapshot.files.items():
+        save_file(dict(values), temporary / name)
         entries[name] = flushed_entry(temporary / name)
-    if world.is_first:
+    if first:
         (temporary / "config.yaml").write_text(contents.config_yaml, encoding="utf-8")
         entries["config.yaml"] = flushed_entry(temporary / "config.yaml")
     return entries

@@ -9,7 +9,14 @@ from types import ModuleType
 from typing import NoReturn, Protocol, runtime_checkable
 
 from dist_dml.credentials import redact_tracebacks
-from dist_dml.errors import RunError, UsageError, print_failure
+from dist_dml.errors import (
+    STOPPED_EXIT_CODE,
+    RunError,
+    Stopped,
+    UsageError,
+    print_failure,
+    print_stopped,
+)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -47,7 +54,8 @@ class Command(Protocol):
 def run_command(prog: str, command: ModuleType | Command, argv: Sequence[str]) -> int:
     """Parse `argv` with `command.add_arguments`, call `command.run`, return the exit code.
 
-    Exit codes: what the command returns, 1 for a `RunError`, 2 for a `UsageError`, 130 for Ctrl-C.
+    Exit codes: what the command returns, 1 for a `RunError`, 2 for a `UsageError`, 75 for
+    `Stopped`, 130 for Ctrl-C.
     """
     parser = CommandParser(
         prog=prog,
@@ -64,6 +72,10 @@ def run_command(prog: str, command: ModuleType | Command, argv: Sequence[str]) -
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print_failure(str(error))
         return 2 if isinstance(error, UsageError) else 1
+    except Stopped as stopped:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print_stopped(str(stopped))
+        return STOPPED_EXIT_CODE
     except KeyboardInterrupt:
         return 130
 

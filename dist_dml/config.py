@@ -140,6 +140,12 @@ class TrainingConfig(Section):
     """
     accumulate: Count = 1
     """Micro-batches of each global batch: one backward each, one optimizer step for all."""
+    rollback_checkpoints: Annotated[int, Field(ge=0)] = 0
+    """What follows a loss or gradient that is not finite. 0: the run ends. n: it goes back to the
+    nth newest checkpoint (1: the newest) and passes over the batch when it comes there again.
+    """
+    max_skipped: Count = 10
+    """Batches that a run passes over before it ends after all."""
 
 
 class EngineConfig(Section):
@@ -149,16 +155,23 @@ class EngineConfig(Section):
     """`auto`: DeepSpeed under its launcher, DDP with several workers, otherwise one process."""
     zero_stage: Literal[0, 1, 2] = 0
     """DeepSpeed's sharding of optimizer state (1) and gradients (2)."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Autocast of the embedder. float16 is refused: its loss scaling cannot reach the classifier.
-    
+    precision: Literal["float32", "bfloat16", "float64"] = "float32"
+    """`bfloat16`: autocast of the embedder. `float64`: embedder, classes and sums, to compare
+    layouts with; not with DeepSpeed. float16 is refused: its loss scaling cannot reach the
+    classifier.
     """
+    deterministic: bool = False
+    """Equal runs on equal layouts, bit by bit, also on GPUs; see docs/determinism.md."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: CUDA where there is one."""
     threads: Annotated[int, Field(ge=0)] = 0
     """CPU threads of each worker; 0 divides the cores among the workers of this machine."""
     timeout_seconds: Positive = 600.0
-    """Longest wait for the other workers in one collective."""
+    """Longest wait for the other workers in one collective, and for one batch of data."""
+    slow_seconds: Positive = 60.0
+    """Seconds in one place (data, step, checkpoint, ...) after which the worker and the place are
+    named, and again after twice the time.
+    """
 
 
 class CheckpointConfig(Section):
@@ -172,6 +185,8 @@ class CheckpointConfig(Section):
     """Newest checkpoints to keep."""
     best_metric: str = "unseen/cosine/map_at_r"
     """Score whose best checkpoint is kept as well (higher is better); empty keeps none."""
+    background: bool = True
+    """Write a copy of the state while training goes on. Takes the memory of that copy."""
 
 
 class ProtocolConfig(Section):
@@ -262,6 +277,26 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _engine_fits(self) -> Config:
+        engine = self.engine
+        if engine.precision == "float64":
+            if engine.name == "deepspeed":
+                raise ValueError(
+                    "engine.precision=float64 is not for engine.name=deepspeed; use ddp or single"
+                )
+            if self.classes.weight_dtype != "float32" or self.classes.state_dtype != "float32":
+                raise ValueError(
+                    "engine.precision=float64 keeps classes in float64 too; leave "
+                    "classes.weight_dtype and classes.state_dtype at float32"
+                )
+        if engine.deterministic and self.training.max_seconds:
+            raise ValueError(
+                "engine.deterministic=true, but training.max_seconds="
+                f"{self.training.max_seconds:g} ends a run by the clock; set training.max_steps"
+            )
+        return self
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Config:

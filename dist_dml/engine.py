@@ -31,6 +31,8 @@ class Engine(Protocol):
     """The embedder as it trains. All methods are called by all workers together."""
 
     embedder: Embedder
+    gradient_names: tuple[str, ...]
+    """What `gradient_norms` has a number of: parameters, or `all` where they are not told apart."""
 
     def __call__(
         self, images: Tensor, row_keys: Int[Tensor, " r"], last: bool
@@ -54,6 +56,11 @@ class Engine(Protocol):
         Args:
             factor: the schedule's factor of the learning rate.
         """
+        ...
+
+    def gradient_norms(self) -> Float[Tensor, " p"]:
+        """L2 norms of the last update's gradients before clipping, on the device, by
+        `gradient_names`: the same on every worker. Costs one pass over the gradients."""
         ...
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
@@ -99,6 +106,10 @@ class TorchEngine:
         self._optimizer = build_optimizer(groups, config.optimizer, fused=False)
         self._base_rates = [group["lr"] for group in self._optimizer.param_groups]
         self._batch_is_complete = False
+        self.gradient_names = tuple(
+            name for name, parameter in embedder.named_parameters() if parameter.requires_grad
+        )
+        self._norms = torch.zeros(len(self.gradient_names), device=world.device)
         self._module: nn.Module = embedder
         if world.size > 1:
             # Buffers are equal on all workers by construction: batch norm sees the whole batch.
@@ -153,11 +164,17 @@ class TorchEngine:
         if not self._batch_is_complete:
             return
         clip_norm = self._config.optimizer.clip_norm
+        self._norms = norms_of_gradients(self.embedder)
         if clip_norm > 0:
-            torch.nn.utils.clip_grad_norm_(self.embedder.parameters(), clip_norm)
+            total = torch.linalg.vector_norm(self._norms)
+            torch.nn.utils.clip_grads_with_norm_(self.embedder.parameters(), clip_norm, total)
         set_learning_rate(self._optimizer, self._base_rates, factor)
         self._optimizer.step()
         self._optimizer.zero_grad()
+
+    def gradient_norms(self) -> Float[Tensor, " p"]:
+        """See `Engine`."""
+        return self._norms
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """See `Engine`."""
@@ -166,6 +183,15 @@ class TorchEngine:
     def load_optimizer_tensors(self, tensors: dict[str, Tensor]) -> None:
         """See `Engine`."""
         load_optimizer_tensors(self._optimizer, parameter_names(self.embedder), tensors)
+
+
+def norms_of_gradients(embedder: nn.Module) -> Float[Tensor, " p"]:
+    """L2 norm of each trained parameter's gradient, in the order of `named_parameters`."""
+    trained = [parameter for parameter in embedder.parameters() if parameter.requires_grad]
+    # A parameter that takes no part in the loss has no gradient.
+    grads = [p.new_zeros(()) if p.grad is None else p.grad for p in trained]
+    # What PyTorch's own clipping calls: one launch for all.
+    return torch.stack(torch._foreach_norm(grads))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def parameter_names(embedder: nn.Module) -> dict[Tensor, str]:

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dist_dml.config import Config
-from dist_dml.engine import groups_for_optimizer, parameter_names
+from dist_dml.engine import groups_for_optimizer, norms_of_gradients, parameter_names
 from dist_dml.errors import UsageError
 from dist_dml.models.embedder import Embedder
 from dist_dml.parallel.class_optim import (
@@ -39,6 +39,12 @@ class DeepSpeedEngine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=embedder, optimizer=optimizer, config=deepspeed_config(config)
         )
+        named = embedder.named_parameters()
+        # With ZeRO a gradient lies in slices on several workers; only their common norm is known.
+        self.gradient_names = ("all",)
+        if self._zero_stage == 0:
+            self.gradient_names = tuple(name for name, p in named if p.requires_grad)
+        self._norms = torch.zeros(len(self.gradient_names))
 
     def __call__(
         self, images: Tensor, row_keys: Int[Tensor, " r"], last: bool
@@ -54,7 +60,18 @@ class DeepSpeedEngine:
     def step(self, factor: float) -> None:
         """See `Engine`; DeepSpeed counts the micro-batches itself."""
         set_learning_rate(self._optimizer, self._base_rates, factor)
+        complete = self._engine.is_gradient_accumulation_boundary()
+        if complete and self._zero_stage == 0:
+            self._norms = norms_of_gradients(self.embedder)
         self._engine.step()
+        if complete and self._zero_stage > 0:
+            # Infinite where DeepSpeed has passed over the update because of its gradient.
+            norm = self._engine.get_global_grad_norm()
+            self._norms = torch.as_tensor(norm, dtype=torch.float32).detach().reshape(1)
+
+    def gradient_norms(self) -> Float[Tensor, " p"]:
+        """See `Engine`."""
+        return self._norms
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """See `Engine`. With ZeRO every worker takes part, as each holds a slice of the state."""

@@ -1,17 +1,26 @@
 """From a command line to a running worker and an exit code: what train and evaluate share.
 
-Exit codes: 0 done, 1 failed, 2 bad usage or configuration.
+Exit codes: 0 done, 1 failed, 2 bad usage or configuration, 75 stopped on request and saved.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Callable, Sequence
 
 from dist_dml.command_line import add_config_option
 from dist_dml.config_loading import Resolved, resolve
 from dist_dml.credentials import print_traceback, redact
-from dist_dml.errors import RunError, UsageError, print_failure
+from dist_dml.errors import (
+    STOPPED_EXIT_CODE,
+    RunError,
+    Stopped,
+    UsageError,
+    print_failure,
+    print_stopped,
+)
 from dist_dml.parallel.world import World, environment_ranks, start_world, stop_world
 
 Body = Callable[[Resolved, World, argparse.Namespace], None]
@@ -45,6 +54,18 @@ def run_worker(body: Body, arguments: argparse.Namespace, overrides: Sequence[st
         stop_world(world)
     except KeyboardInterrupt:
         return 130
+    except Stopped as stopped:
+        if not stopped.together and world.failures is not None:
+            world.failures.report(str(stopped), STOPPED_EXIT_CODE)
+        if world.ranks.local_rank == 0:
+            print_stopped(str(stopped))
+        stop_world(world)
+        if world.failures is not None:
+            # A launcher sends SIGTERM to the others when the first has left, and an interpreter on
+            # its way out does not hold it off any more.
+            sys.stdout.flush()
+            os._exit(STOPPED_EXIT_CODE)
+        return STOPPED_EXIT_CODE
     except BaseException as error:
         return _end_all(world, error)
     return 0

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from dist_dml.checkpoint_manifest import Progress
+from dist_dml.checkpoint_writer import Saved
 from dist_dml.config import Config
 from dist_dml.data.batch_making import Batch
 from dist_dml.engine import engine_name
-from dist_dml.errors import RunError
+from dist_dml.errors import NotFiniteError
 from dist_dml.parallel.heads import ObjectiveOutput
 from dist_dml.parallel.world import World
 from dist_dml.tracking.live import LiveLine
@@ -38,6 +40,7 @@ class _Step:
     rows: int
     losses: list[Tensor]
     corrects: list[Tensor]
+    gradient_norms: Tensor
 
 
 class Journal:
@@ -54,6 +57,7 @@ class Journal:
         self._writes = world.is_first
         self._outputs: list[ObjectiveOutput] = []
         self._steps: list[_Step] = []
+        self._gradient_names = run.engine.gradient_names
         self._images = 0
         self._seconds_before = run.start.seconds
         self._running_since: float | None = None
@@ -63,6 +67,7 @@ class Journal:
         self._flushed_wait = 0.0
         self._recorder: Recorder | None = None
         self._mirror: Mirror | None = None
+        self._saves_failed = 0
         self._line: LiveLine | None = None
         self.table = ""
         if not self._writes:
@@ -114,6 +119,7 @@ class Journal:
         epoch: int,
         factor: float,
         rows: int,
+        gradient_norms: Float[Tensor, " p"],
         also: Callable[[], dict[str, float]],
     ) -> None:
         """Close a step; every `tracking.every_steps` write down those since the last time.
@@ -123,14 +129,15 @@ class Journal:
             epoch: epochs that are done.
             factor: the schedule's factor of the learning rate.
             rows: of the step's batch.
+            gradient_norms: of the embedder's update, see `Engine.gradient_norms`.
             also: further numbers, asked for when they are written down.
 
         Raises:
-            RunError: if a loss is not finite.
+            NotFiniteError: if a loss or a gradient is not finite.
         """
         losses = [output.loss for output in self._outputs]
         corrects = [out.num_correct for out in self._outputs if out.num_correct is not None]
-        self._steps.append(_Step(progress, rows, losses, corrects))
+        self._steps.append(_Step(progress, rows, losses, corrects, gradient_norms))
         self._outputs = []
         self._images += rows
         loss = None
@@ -146,7 +153,8 @@ class Journal:
         """Stop the clock for an evaluation or a checkpoint; what is pending is written first.
 
         Raises:
-            RunError: if a loss is not finite: such a model must be neither scored nor saved.
+            NotFiniteError: if a loss or a gradient is not finite: such a model must be neither
+                scored nor saved.
         """
         self._flush({})
         if self._running_since is not None:
@@ -167,19 +175,18 @@ class Journal:
         if has_accuracy := bool(self._steps[0].corrects):
             sums = [torch.stack(step.corrects).sum() for step in self._steps]
             corrects = torch.stack(sums).tolist()
-        for step, loss, correct in zip(self._steps, losses, corrects, strict=True):
-            if not math.isfinite(loss):
-                raise RunError(
-                    f"the loss of step {step.progress.step} is {loss}; lower "
-                    "optimizer.learning_rate or set optimizer.clip_norm, and continue from the "
-                    "last checkpoint with --resume auto"
-                )
+        totals = [torch.linalg.vector_norm(step.gradient_norms) for step in self._steps]
+        norms = torch.stack(totals).tolist()
+        for step, loss, norm, correct in zip(self._steps, losses, norms, corrects, strict=True):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise self._not_finite(step, loss, norm)
             accuracy = {"train/accuracy": correct / step.rows} if has_accuracy else {}
             self.record(step.progress, {"train/loss": loss, **accuracy})
         now = self.training_seconds() - self._seconds_before
         seconds = max(now - self._flushed_seconds, 1e-9)
         wait = self._wait_seconds - self._flushed_wait
         rates = {
+            "train/gradient_norm": norms[-1],
             "train/images_per_second": self._images / seconds,
             "train/data_wait_share": min(1.0, wait / seconds),
         }
@@ -187,6 +194,48 @@ class Journal:
         self._steps, self._images = [], 0
         self._flushed_seconds, self._flushed_wait = now, self._wait_seconds
         return losses[-1]
+
+    def _not_finite(self, step: _Step, loss: float, norm: float) -> NotFiniteError:
+        """What is known of a step and of those before it that were not written down yet."""
+        found, number = [], step.progress.step
+        if not math.isfinite(loss):
+            found.append(f"the loss of step {number} is {loss}")
+        if not math.isfinite(norm):
+            found.append(f"the gradient of step {number} has the norm {norm}")
+        before = [entry for entry in self._steps if entry.progress.step <= number]
+        norms = {
+            entry.progress.step: dict(
+                zip(self._gradient_names, entry.gradient_norms.tolist(), strict=True)
+            )
+            for entry in before
+        }
+        return NotFiniteError(number, " and ".join(found), {"loss": loss, "gradient_norms": norms})
+
+    def passed_over(self, progress: Progress, text: str) -> None:
+        """A step whose batch is left out: it has no numbers."""
+        self.say(text)
+        self.record(progress, {"train/skipped_batches": float(len(progress.skipped))})
+
+    def saved(self, progress: Progress, outcome: Saved) -> None:
+        """Record how a save ended, and say so if it failed."""
+        if outcome.problem:
+            self.say(f"warning: step {outcome.step}: {outcome.problem}; training goes on")
+        self._saves_failed += bool(outcome.problem)
+        self.record(
+            progress,
+            {
+                "checkpoint/seconds": outcome.seconds,
+                "checkpoint/blocked_seconds": outcome.blocked_seconds,
+                "checkpoint/failed": float(self._saves_failed),
+            },
+        )
+
+    def rewind(self, run: TrainingRun) -> None:
+        """Training goes on from an earlier step, with what was measured since forgotten."""
+        self._gradient_names = run.engine.gradient_names
+        self._outputs, self._steps, self._images = [], [], 0
+        self._seconds_before, self._seconds, self._running_since = run.start.seconds, 0.0, None
+        self._flushed_seconds, self._flushed_wait = 0.0, self._wait_seconds
 
     def record(self, progress: Progress, values: dict[str, float]) -> None:
         """Write numbers under a step (worker 0)."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dist_dml.checkpoint_writer import kept_copy_bytes
 from dist_dml.config import Config
 from dist_dml.errors import UsageError
 from dist_dml.parallel.class_optim import class_step, state_bytes, weight_dtype
@@ -31,7 +32,8 @@ def check_memory(
     if config.loss.of_pairs:
         needed, text = _pair_bytes(config, embedding_dim, partition)
     else:
-        needed, text = _class_bytes(config, embedding_dim, partition)
+        on_cpu = world.device.type == "cpu"
+        needed, text = _class_bytes(config, embedding_dim, partition, on_cpu)
     free, sharers = _free_bytes(world)
     short = free < sharers * needed
     text = (
@@ -44,23 +46,32 @@ def check_memory(
 
 
 def _class_bytes(
-    config: Config, embedding_dim: int, partition: ClassPartition
+    config: Config, embedding_dim: int, partition: ClassPartition, on_cpu: bool
 ) -> tuple[int, tuple[str, str]]:
     """What a worker's classes take, what for in words, and what takes less."""
     rows = partition.size * config.loss.num_centres
-    weights = rows * embedding_dim * weight_dtype(config.classes).itemsize
+    width = 2 if config.engine.precision == "float64" else 1
+    weights = width * rows * embedding_dim * weight_dtype(config.classes).itemsize
     rule = class_step(config.optimizer, config.classes)
-    state = state_bytes(rule, config.classes, rows, embedding_dim)
+    state = width * state_bytes(rule, config.classes, rows, embedding_dim)
     tiles = int(config.loss.tile_mebibytes * 2**20)
+    copy = _copy_bytes(config, weights + state, on_cpu)
+    copied = f", the copy that a checkpoint is written from {_gibibytes(copy)}" if copy else ""
     text = (
         f"its {partition.size} classes (weights {_gibibytes(weights)}, optimizer state "
-        f"{_gibibytes(state)}, tiles {_gibibytes(tiles)})"
+        f"{_gibibytes(state)}, tiles {_gibibytes(tiles)}{copied})"
     )
     remedy = (
-        "use more workers, classes.weight_dtype=bfloat16, classes.state_dtype=bfloat16, or lower "
-        "model.embedding_dim or loss.tile_mebibytes"
+        "use more workers, classes.weight_dtype=bfloat16, classes.state_dtype=bfloat16, "
+        + "checkpoint.background=false, " * bool(copy)
+        + "or lower model.embedding_dim or loss.tile_mebibytes"
     )
-    return weights + state + tiles, (text, remedy)
+    return weights + state + tiles + copy, (text, remedy)
+
+
+def _copy_bytes(config: Config, state: int, on_cpu: bool) -> int:
+    """What checkpoints that are written in the background hold of the classes in main memory."""
+    return kept_copy_bytes(config.checkpoint, state) if on_cpu else 0
 
 
 def _pair_bytes(

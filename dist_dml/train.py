@@ -16,66 +16,129 @@ if __name__ == "__main__":  # Run by path: this folder must not hide installed p
 
 import argparse
 import math
-import time
 from collections.abc import Sequence
-from dataclasses import replace
-
-import torch
+from dataclasses import dataclass, replace
 
 from dist_dml.agreement import check_agreement, epoch_facts
-from dist_dml.checkpoint import Contents, save_checkpoint
-from dist_dml.checkpoint_manifest import Progress, prune_checkpoints
+from dist_dml.batch_ledger import BatchLedger
+from dist_dml.checkpoint_writer import CheckpointWriter
 from dist_dml.command_line import run_command
 from dist_dml.config import Config
-from dist_dml.config_loading import Resolved, config_hash, to_yaml
+from dist_dml.config_loading import Resolved
 from dist_dml.damage_report import DamageReport
 from dist_dml.data.batch_making import Batch
 from dist_dml.data.damage import Damage
 from dist_dml.data.loader import training_batches
 from dist_dml.engine import Engine
 from dist_dml.entry import add_config_arguments, run_worker
-from dist_dml.errors import RunError
-from dist_dml.evaluate import tables, write_certificates, write_gallery
+from dist_dml.errors import NotFiniteError, Stopped
 from dist_dml.journal import Journal
 from dist_dml.keyed_random import key_of, row_keys
-from dist_dml.measurement import Model, embed_with, measure_model
-from dist_dml.parallel.classifier import ClassParallelClassifier
 from dist_dml.parallel.heads import Head, ObjectiveOutput
 from dist_dml.parallel.proxy_head import ProxyHead
-from dist_dml.parallel.time_budget import TimeBudget
+from dist_dml.parallel.step_agreement import StepAgreement
+from dist_dml.parallel.step_watch import StepWatch
 from dist_dml.parallel.world import World
 from dist_dml.proxy_pool import prepare_proxies
-from dist_dml.resources import peak_mebibytes
+from dist_dml.recovery import go_back, step_to_pass_over
+from dist_dml.run_lock import RunLock
+from dist_dml.saving import finish_saving, save
 from dist_dml.schedule import learning_rate_factor
+from dist_dml.stop_request import StopRequest
 from dist_dml.training_diagnosis import TrainingDiagnosis
+from dist_dml.training_evaluation import evaluate
 from dist_dml.training_run import TrainingRun, prepare, starting_loss_warning
+
+# Signals reach a process, not a run: there is one, and its handlers come before the first worker.
+STOP_REQUEST = StopRequest()
+
+
+@dataclass(frozen=True)
+class Companions:
+    """What accompanies a training from its first step to its last, through every rollback."""
+
+    journal: Journal
+    writer: CheckpointWriter
+    watch: StepWatch
+    request: StopRequest
 
 
 def train(resolved: Resolved, world: World, arguments: argparse.Namespace) -> None:
-    """Train, evaluate and save as configured; called by all workers together."""
+    """Train, evaluate and save as configured; called by all workers together.
+
+    Raises:
+        Stopped: somebody asked for it, and the state is saved.
+    """
     config = resolved.config
-    run = prepare(config, world)
+    lock = RunLock()
+    run = prepare(config, world, lock)
     journal = Journal(config, run, world)
-    warning = starting_loss_warning(config, run.head.partition.num_classes)
-    if warning:
+    writer = CheckpointWriter(run.folder / "checkpoints", config.checkpoint, world)
+    watch = StepWatch(world, config.engine.slow_seconds, config.engine.timeout_seconds)
+    companions = Companions(journal, writer, watch, STOP_REQUEST)
+    if warning := starting_loss_warning(config, run.head.partition.num_classes):
         journal.say(warning)
     ended = run.ended_by(config)
     if ended:
         journal.say(f"{run.folder} {ended}")
     try:
-        if not ended:
-            loop(config, run, world, journal)
+        STOP_REQUEST.hold()
+        watch.start()
+        while not ended:
+            bad_step = attempt(config, run, world, companions)
+            if bad_step is None:
+                break
+            folder = run.folder
+            del run  # Two states would not fit where one fills the memory.
+            go_back(folder, bad_step, config, world, journal)
+            run = prepare(config, world, lock, again=True)
+            journal.rewind(run)
     except BaseException as error:
-        journal.fail("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+        asked = isinstance(error, (KeyboardInterrupt, Stopped))
+        journal.fail("KILLED" if asked else "FAILED")
         raise
     finally:
-        run.head.close()
+        watch.stop()
+        lock.release()
     journal.finish(config, run)
 
 
-def loop(config: Config, run: TrainingRun, world: World, journal: Journal) -> None:
-    """The training loop. One iteration is one micro-batch; a step ends with a batch's last one."""
+def attempt(config: Config, run: TrainingRun, world: World, companions: Companions) -> int | None:
+    """Train to the end, or to a batch that is to be passed over: its step then, from 0.
+
+    Raises:
+        Stopped: see `train`.
+        RunError: the last checkpoint could not be written, or something is not finite and the run
+            does not go back.
+    """
+    try:
+        stopped = loop(config, run, world, companions)
+    except NotFiniteError as found:
+        return step_to_pass_over(found, config, run, world, companions.journal)
+    finally:
+        companions.writer.wait()
+        run.head.close()
+    if stopped:
+        raise Stopped(
+            f"{STOP_REQUEST.name or 'another worker was asked to stop'}: saved step {stopped} of "
+            f"{run.total_steps} in {run.folder}; start again with --resume auto",
+            together=True,
+        )
+    return None
+
+
+def loop(config: Config, run: TrainingRun, world: World, companions: Companions) -> int:
+    """The training loop. One iteration is one micro-batch; a step ends with a batch's last one.
+
+    Returns:
+        The step at which it was asked to stop, with its checkpoint written; 0 at the run's end.
+
+    Raises:
+        NotFiniteError: on all workers together.
+        RunError: the last checkpoint could not be written.
+    """
     engine, head, plan = run.engine, run.head, run.plan
+    journal, writer, watch = companions.journal, companions.writer, companions.watch
     progress = run.start
     ignored = config.loss.ignore_index
     damage = Damage(run.index, plan.sample_ids, config.data, config.run.seed, ignored)
@@ -93,11 +156,14 @@ def loop(config: Config, run: TrainingRun, world: World, journal: Journal) -> No
     )
     diagnosis = TrainingDiagnosis(head, world, ignored, config.tracking.diagnostics)
     proxies = head if isinstance(head, ProxyHead) else None
+    ledger = BatchLedger(progress.ledger)
     limit = config.training.max_seconds
-    budget = TimeBudget(limit, progress.seconds, world.device, world.group)
+    asked_to_stop = companions.request.is_asked
+    agreement = StepAgreement(limit, progress.seconds, asked_to_stop, world.control)
     engine.embedder.train()
     journal.begin(progress)
-    for batch in journal.timed(batches):
+    for batch in journal.timed(watch.fetching(batches, progress.step)):
+        watch.at("step", batch.step)
         if proxies is not None and proxies.phases.finished:
             journal.say("proxies.run_patience without a gain: the run ends with its best weights")
             break
@@ -108,37 +174,48 @@ def loop(config: Config, run: TrainingRun, world: World, journal: Journal) -> No
             when = f"at the start of epoch {batch.step // plan.steps_per_epoch + 1}"
             check_agreement(when, facts, world)
         last = batch.micro == config.training.accumulate - 1
-        factor = learning_rate_factor(batch.step, run.total_steps, config.schedule, budget.share)
+        factor = learning_rate_factor(batch.step, run.total_steps, config.schedule, agreement.share)
         batch_rows = plan.num_rows(batch.step)
-        output = train_step(
-            batch, engine, head, batch_rows, factor, last, config.run.seed, diagnosis
-        )
-        journal.add(output)
+        left_out = batch.step in progress.skipped
+        if not left_out:
+            output = train_step(
+                batch, engine, head, batch_rows, factor, last, config.run.seed, diagnosis
+            )
+            journal.add(output)
+            ledger.add(batch.step, batch.positions, batch.sample_ids)
         if not last:
             continue
 
         progress = replace(
             progress,
             step=batch.step + 1,
-            images_seen=progress.images_seen + batch_rows,
+            images_seen=progress.images_seen + (0 if left_out else batch_rows),
             seconds=journal.training_seconds(),
         )
         epoch, within = divmod(progress.step, plan.steps_per_epoch)
-        budget.step_done(progress.seconds)
+        agreement.step_done(progress.seconds)
         ends_epoch = within == 0
-        ends_run = progress.step == run.total_steps or budget.share >= 1
-        journal.step_done(
-            progress,
-            epoch,
-            factor,
-            batch_rows,
-            lambda: head.report() | report.metrics() | diagnosis.metrics(),
-        )
+        ends_run = progress.step == run.total_steps or agreement.share >= 1
+        watch.at("tracker", progress.step)
+        if left_out:
+            journal.passed_over(progress, f"step {progress.step}: its batch is passed over")
+        else:
+            journal.step_done(
+                progress,
+                epoch,
+                factor,
+                batch_rows,
+                engine.gradient_norms(),
+                lambda: head.report() | report.metrics() | diagnosis.metrics(),
+            )
+        for outcome in writer.news():
+            journal.saved(progress, outcome)
 
         is_best = False
         asked = proxies is not None and proxies.phases.evaluation_due
         if ends_run or asked or (ends_epoch and _is_due(epoch, config.evaluation.every_epochs)):
             journal.pause()
+            watch.at("evaluation", progress.step)
             scores = evaluate(config, run, world, journal, progress, ends_run)
             best = scores.get(config.checkpoint.best_metric, -math.inf)
             is_best = best > (progress.best_score if progress.best_score is not None else -1.0)
@@ -150,17 +227,24 @@ def loop(config: Config, run: TrainingRun, world: World, journal: Journal) -> No
                     ends_run = True
                     evaluate(config, run, world, journal, progress, ends_run)
         # A checkpoint of an epoch's end follows its evaluation, so that it knows the best score.
+        stops = agreement.stop and not ends_run
         if (
             ends_run
+            or stops
             or is_best
             or _is_due(progress.step, config.checkpoint.every_steps)
             or (ends_epoch and _is_due(epoch, config.checkpoint.every_epochs))
         ):
             journal.pause()
-            save(config, run, world, progress)
-        if ends_run:
-            break
+            watch.at("checkpoint", progress.step)
+            progress = replace(progress, ledger=ledger.total(world))
+            save(config, run, progress, writer)
+            if ends_run or stops:
+                finish_saving(progress, journal, writer)
+        if ends_run or stops:
+            return progress.step if stops else 0
         journal.resume(progress)
+    return 0
 
 
 def train_step(
@@ -203,66 +287,6 @@ def train_step(
     return ObjectiveOutput(output.loss.detach(), output.num_correct)
 
 
-def evaluate(
-    config: Config,
-    run: TrainingRun,
-    world: World,
-    journal: Journal,
-    progress: Progress,
-    ends_run: bool,
-) -> dict[str, float]:
-    """All retrieval scores, recorded; at the end of the run also NMI, the gallery and the table."""
-    embedder = run.engine.embedder.eval()
-    classifier = run.head if isinstance(run.head, ClassParallelClassifier) else None
-    model = Model(embed_with(embedder, config, world), classifier)
-    nmi = config.evaluation.nmi and ends_run
-    started = time.perf_counter()
-    measured = measure_model(model, run.index, config, world, nmi)
-    scores = measured.scores
-    seconds = time.perf_counter() - started
-    costs = {"evaluation/seconds": seconds, "memory/peak_mebibytes": peak_mebibytes(world)}
-    journal.record(progress, scores | costs)
-    shown = {name: value for name, value in scores.items() if name == config.checkpoint.best_metric}
-    journal.say(
-        f"step {progress.step}: evaluated in {seconds:.1f} s"
-        + "".join(f", {name} {value:.4f}" for name, value in shown.items())
-    )
-    if world.is_first and measured.certificates:
-        path = run.folder / "report" / "certificates.png"
-        journal.table = write_certificates(path, measured) + "\n\n"
-        journal.note_figure(path)
-    if ends_run and world.is_first:
-        path = run.folder / "report" / "gallery.png"
-        title = f"{config.run.name}: step {progress.step}"
-        write_gallery(path, run.index, measured, config, title)
-        journal.note_figure(path)
-        certificates = journal.table if measured.certificates else ""
-        journal.table = certificates + tables({"trained": scores}, config)
-    embedder.train()
-    return scores
-
-
-def save(config: Config, run: TrainingRun, world: World, progress: Progress) -> None:
-    """Write a checkpoint, then remove those that are no longer kept.
-
-    Raises:
-        RunError: if the embedder holds numbers that are not finite: classes are updated before its
-            gradient is known, and half a step is never kept.
-    """
-    for name, parameter in run.engine.embedder.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise RunError(
-                f"step {progress.step} left {name} with numbers that are not finite; lower "
-                "optimizer.learning_rate or set optimizer.clip_norm, and continue from the last "
-                "checkpoint with --resume auto"
-            )
-    contents = Contents(progress, run.plan_facts, to_yaml(config), config_hash(config))
-    folder = run.folder / "checkpoints"
-    save_checkpoint(folder, contents, run.engine, run.head, world)
-    if world.is_first:
-        prune_checkpoints(folder, config.checkpoint.keep_last, progress.best_step)
-
-
 def _is_due(count: int, every: int) -> bool:
     return every > 0 and count % every == 0
 
@@ -277,6 +301,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train as one worker of the group that the environment describes. Returns the exit code."""
+    STOP_REQUEST.install()
     return run_worker(train, arguments, [f"run.resume={arguments.resume}"] * bool(arguments.resume))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
@@ -50,6 +51,7 @@ def build_head(
         UsageError: for parameters that the loss does not take, and batches without partners.
     """
     counts = index.class_counts(config.data.split, partition.num_classes)
+    dtype = sum_dtype(config)
     if config.proxies.per_class:
         # Rows have positives among the proxies, whatever else the batch holds.
         return ProxyHead(
@@ -60,6 +62,7 @@ def build_head(
             partition,
             plan.max_micro_rows,
             world.device,
+            dtype,
         )
     if config.loss.of_pairs:
         sets = label_sets_of(config, index, partition.num_classes)
@@ -70,6 +73,7 @@ def build_head(
             partition,
             plan.max_micro_rows,
             world.device,
+            dtype,
             label_sets=sets,
         )
     return ClassParallelClassifier(
@@ -80,10 +84,16 @@ def build_head(
         config.run.seed,
         max_rows=plan.max_micro_rows,
         device=world.device,
+        dtype=dtype,
         class_counts=counts,
         classes=config.classes,
         micro_batches=config.training.accumulate,
     )
+
+
+def sum_dtype(config: Config) -> torch.dtype:
+    """Of embeddings, class weights and sums: float64 for `engine.precision=float64`."""
+    return torch.float64 if config.engine.precision == "float64" else torch.float32
 
 
 def label_sets_of(config: Config, index: Index, num_classes: int) -> LabelSets | None:

@@ -12,7 +12,12 @@ from typing import Any
 import yaml
 
 from dist_dml.agreement import check_agreement, epoch_facts
-from dist_dml.checkpoint import load_embedder_tensors, load_head, load_optimizer_state
+from dist_dml.checkpoint import (
+    load_embedder_tensors,
+    load_head,
+    load_optimizer_state,
+    remove_unfinished,
+)
 from dist_dml.checkpoint_manifest import Manifest, Progress, newest_checkpoint, verify_checkpoint
 from dist_dml.config import Config
 from dist_dml.config_loading import config_hash, to_yaml
@@ -30,7 +35,11 @@ from dist_dml.parallel.collectives import gather_objects
 from dist_dml.parallel.heads import Head
 from dist_dml.parallel.world import World
 from dist_dml.resources import check_disk, check_memory
-from dist_dml.training_head import build_head, label_sets_of
+from dist_dml.restarts import launch_identity, restart_count
+from dist_dml.run_lock import RunLock
+from dist_dml.skipped_batches import skipped_steps
+from dist_dml.tracking.run_files import IDENTITY, identify_run, read_json
+from dist_dml.training_head import build_head, label_sets_of, sum_dtype
 
 # A start this many times above that of p = 1 is worth a word.
 _FAR_ABOVE = 5.0
@@ -66,8 +75,27 @@ class TrainingRun:
         return ""
 
 
-def prepare(config: Config, world: World) -> TrainingRun:
+@dataclass(frozen=True)
+class _Found:
+    """What worker 0 found in the run folder.
+
+    Attributes:
+        start: the checkpoint to go on from, if there is one.
+        skipped: steps whose batches are passed over.
+    """
+
+    start: tuple[Path, Manifest] | None
+    skipped: tuple[int, ...]
+
+
+def prepare(config: Config, world: World, lock: RunLock, again: bool = False) -> TrainingRun:
     """Refuse what cannot work, then build everything; called by all workers together.
+
+    Args:
+        config: of the run.
+        world: all workers.
+        lock: takes hold of the run folder (worker 0).
+        again: this process has trained in the folder already, and goes on from what is there.
 
     Raises:
         UsageError: for data, layout, folder, checkpoint or disk that cannot carry the run.
@@ -92,13 +120,16 @@ def prepare(config: Config, world: World) -> TrainingRun:
     check_agreement("before the first step", agreed, world)
 
     folder = Path(config.run.root) / config.run.name
-    found = gather_objects(_claim_folder(config, folder, world), world.group)[0]
+    found = gather_objects(_claim_folder(config, folder, world, lock, again), world.group)[0]
     if isinstance(found, UsageError):
         raise found
+    assert isinstance(found, _Found)
     embedder = build_embedder(config.model, config.data.image, config.run.seed, world.group)
+    embedder = embedder.to(sum_dtype(config))
     check_memory(config, embedder.embedding_dim, partition, world)
     head = build_head(config, embedder.embedding_dim, partition, plan, index, world)
-    start, engine = _restore(config, world, embedder, head, facts, found)
+    start, engine = _restore(config, world, embedder, head, facts, found.start)
+    start = replace(start, skipped=tuple(sorted({*start.skipped, *found.skipped})))
     check_disk(config, folder, embedder, head, world)
     return TrainingRun(folder, index, plan, total_steps, engine, head, start, facts)
 
@@ -116,8 +147,8 @@ def planned(config: Config, index: Index) -> tuple[Plan, dict[str, Any]]:
 
 
 def _claim_folder(
-    config: Config, folder: Path, world: World
-) -> tuple[Path, Manifest] | UsageError | None:
+    config: Config, folder: Path, world: World, lock: RunLock, again: bool
+) -> _Found | UsageError | None:
     """Worker 0: find what to resume from, and write the configuration as the first file.
 
     Returns the error instead of raising it, so that all workers can raise the same one.
@@ -125,11 +156,17 @@ def _claim_folder(
     if not world.is_first:
         return None
     try:
-        found = _find_start(config, folder)
+        if folder.is_dir():
+            lock.acquire(folder)
+        found = _find_start(config, folder, again or _is_restart(folder))
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        lock.acquire(folder)
+        remove_unfinished(folder / "checkpoints")
         path = folder / "config.yaml"
         path.write_text(to_yaml(config), encoding="utf-8")
-        return found
+        if launch := launch_identity():
+            identify_run(folder, {"launch": launch})
+        return _Found(found, skipped_steps(folder))
     except UsageError as error:
         return error
     except OSError as error:
@@ -139,8 +176,19 @@ def _claim_folder(
         )
 
 
-def _find_start(config: Config, folder: Path) -> tuple[Path, Manifest] | None:
+def _is_restart(folder: Path) -> bool:
+    """Whether the launch that trained here has started its workers again."""
+    launch = launch_identity()
+    same = read_json(folder / IDENTITY).get("launch") == launch
+    return restart_count() > 0 and launch != "" and same
+
+
+def _find_start(config: Config, folder: Path, goes_on: bool) -> tuple[Path, Manifest] | None:
     resume = config.run.resume
+    if goes_on:
+        newest = newest_checkpoint(folder / "checkpoints")
+        if newest is not None or resume in ("no", "auto"):
+            return newest
     if resume not in ("no", "auto"):
         path = Path(resume)
         return path, verify_checkpoint(path)

@@ -27,6 +27,10 @@ LEVELS = {
             "agreement",
             "damage_report",
             "journal",
+            "not_finite",
+            "recovery",
+            "saving",
+            "training_evaluation",
             "training_run",
             "class_beginnings",
             "class_carry",
@@ -65,8 +69,13 @@ LEVELS = {
         (
             "engine",
             "engine_deepspeed",
+            "batch_ledger",
             "checkpoint",
             "checkpoint_manifest",
+            "checkpoint_writer",
+            "run_lock",
+            "skipped_batches",
+            "stop_request",
             "class_store",
             "retrieval",
             "tracking",
@@ -96,6 +105,7 @@ LEVELS = {
     **dict.fromkeys(
         (
             "whole_files",
+            "restarts",
             "strict_json",
             "plain_yaml",
             "class_config",

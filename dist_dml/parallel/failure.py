@@ -40,6 +40,7 @@ class FailureBoard:
         self._local_rank = local_rank
         self._seen_key = f"workers that know of it {attempt}"
         self._key = f"first failure {attempt}"
+        self._attempt = attempt
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._ending = threading.Lock()
@@ -66,6 +67,27 @@ class FailureBoard:
             if (failure := self._look()) is not None:
                 self._end(failure)
             time.sleep(_POLL_SECONDS / 2)
+
+    def post(self, key: str, text: str) -> None:
+        """Write something that other workers may read."""
+        with self._lock, contextlib.suppress(RuntimeError, dist.DistError):
+            if not self._closed.is_set():
+                self._store.set(f"{key} {self._attempt}", text)
+
+    def read(self, key: str) -> str | None:
+        """What was posted; None if nothing was."""
+        name = f"{key} {self._attempt}"
+        with self._lock, contextlib.suppress(RuntimeError, dist.DistError):
+            if not self._closed.is_set() and self._store.check([name]):
+                return self._store.get(name).decode()
+        return None
+
+    def claim(self, key: str, text: str) -> str | None:
+        """Post, unless somebody has; what is there in the end. None without an answer."""
+        with self._lock, contextlib.suppress(RuntimeError, dist.DistError):
+            if not self._closed.is_set():
+                return self._store.compare_set(f"{key} {self._attempt}", "", text).decode()
+        return None
 
     def watch(self) -> None:
         """Start the thread."""

@@ -20,6 +20,9 @@ from dist_dml.config import EngineConfig
 from dist_dml.errors import RunError, UsageError
 from dist_dml.parallel.failure import FailureBoard
 
+# How long a worker that has written its part of a checkpoint waits for the others.
+_DISK_SECONDS = 3600.0
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -36,12 +39,19 @@ class World:
     """The one axis: rows are gathered and classes split over all workers.
 
     `group` and `failures` are None for a single process without a launcher.
+
+    Attributes:
+        control: the same workers, for the few bytes that their hosts agree on after each step: it
+            waits for no device.
+        background: the same workers, for the threads that write checkpoints.
     """
 
     ranks: Ranks
     device: torch.device
     group: ProcessGroup | None
     failures: FailureBoard | None
+    control: ProcessGroup | None = None
+    background: ProcessGroup | None = None
 
     @property
     def rank(self) -> int:
@@ -127,7 +137,20 @@ def start_world(config: EngineConfig, ranks: Ranks) -> World:
         watched = store.clone()  # pyright: ignore[reportAttributeAccessIssue]  (not in its stub)
         failures = FailureBoard(watched, ranks.rank, ranks.size, ranks.local_rank, attempt)
         failures.watch()
-    return World(ranks, device, dist.group.WORLD, failures)
+    control = background = None
+    if ranks.size > 1:
+        control = _group_of_hosts(timeout)
+        # A worker may wait for the slowest disk.
+        patience = timedelta(seconds=max(config.timeout_seconds, _DISK_SECONDS))
+        background = _group_of_hosts(patience)
+    return World(ranks, device, dist.group.WORLD, failures, control, background)
+
+
+def _group_of_hosts(timeout: timedelta) -> ProcessGroup:
+    """All workers once more, with messages of their own that no device sees."""
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(group, ProcessGroup)
+    return group
 
 
 def _meet(ranks: Ranks, timeout: timedelta) -> Store:
