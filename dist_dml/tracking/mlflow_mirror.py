@@ -66,6 +66,9 @@ def mirror_once(folder: Path, destination: Destination) -> str:
         for name in (run_files.METRICS, run_files.SYSTEM):
             _send_metrics(client, folder, destination, received, name, identity["started_at"])
         _send_artifacts(client, folder, destination, received)
+        # At its begin and at its end: a request that was late may have come to effect meanwhile.
+        if received.status != run_files.last_status(folder):
+            mlflow_run.remove_twins(client, experiment, identity, run.info.run_id)
         _send_status(client, folder, destination, received)
         return run.info.run_id
 

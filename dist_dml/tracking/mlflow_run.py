@@ -94,9 +94,26 @@ def find_run(
         else:
             if run.info.lifecycle_stage == "active" and run.info.experiment_id == experiment:
                 return run
+    found = _runs_of(client, experiment, identity)
+    return max(found, key=lambda run: len(run.data.metrics), default=None)
+
+
+def remove_twins(
+    client: MlflowClient, experiment: str, identity: dict[str, Any], run_id: str
+) -> None:
+    """Delete further runs of this identity that hold no records.
+
+    They come from requests whose answer was lost or late: MLflow's client asks again, and the
+    server makes a run each time.
+    """
+    for twin in _runs_of(client, experiment, identity):
+        if twin.info.run_id != run_id and not twin.data.metrics:
+            client.delete_run(twin.info.run_id)
+
+
+def _runs_of(client: MlflowClient, experiment: str, identity: dict[str, Any]) -> list[Run]:
     rule = f"tags.`{RUN_ID_TAG}` = '{identity['run_id']}'"
-    found = client.search_runs([experiment], filter_string=rule, max_results=1)
-    return found[0] if found else None
+    return list(client.search_runs([experiment], filter_string=rule))
 
 
 def create_run(

@@ -14,7 +14,13 @@ from dist_dml.errors import UsageError
 from dist_dml.tracking import run_files, sync_command, ui_command
 from dist_dml.tracking.destination import Destination, destination_of, root_of
 from dist_dml.tracking.mlflow_mirror import mirror_once
-from dist_dml.tracking.mlflow_run import connect, flatten_config, mlflow_name
+from dist_dml.tracking.mlflow_run import (
+    connect,
+    create_run,
+    experiment_id,
+    flatten_config,
+    mlflow_name,
+)
 from dist_dml.tracking.received import is_mirrored
 from dist_dml.tracking.recorder import Recorder, encode_value
 from dist_dml.whole_files import write_json
@@ -135,6 +141,21 @@ def test_a_call_that_died_before_it_could_note_what_it_sent_sends_no_duplicates(
     before = history(client, run_id, "train/loss")
     assert mirror_once(folder, destination) == run_id
     assert history(client, run_id, "train/loss") == before
+
+
+def test_the_empty_run_of_a_request_that_was_made_twice_is_removed(folder, destination, client):
+    identity = run_files.read_json(folder / "run.json")
+    experiment = experiment_id(client, destination)
+    first, second = (create_run(client, experiment, identity, "study/a") for _ in range(2))
+    run_id = mirror_once(folder, destination)
+    twin = ({first.info.run_id, second.info.run_id} - {run_id}).pop()
+    assert client.get_run(twin).info.lifecycle_stage == "deleted"
+    assert len(history(client, run_id, "train/loss")) == 30
+    (folder / "mlflow.json").unlink()
+    late = create_run(client, experiment, identity, "study/a").info.run_id
+    run_files.start_attempt(folder)
+    assert mirror_once(folder, destination) == run_id
+    assert client.get_run(late).info.lifecycle_stage == "deleted"
 
 
 def test_a_resumed_run_goes_on_in_the_same_mlflow_run(folder, destination, client):
