@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
 
 
 @dataclass
@@ -28,7 +29,7 @@ class ShardServer:
         ranges: whether byte ranges are known.
         tags: whether answers carry an ETag.
         authorization: the header that requests must have; without one, or with another, 401.
-        query: what must stand behind the ? of a file; else 403.
+        query: what must stand behind the ?, however it is quoted; else 403.
     """
 
     url: str = ""
@@ -75,7 +76,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._status(fault)
         elif state.authorization not in ("", self.headers.get("Authorization")):
             self._status(401)
-        elif state.query and not name.endswith("/") and self.path.partition("?")[2] != state.query:
+        elif unquote(state.query) not in ("", unquote(self.path.partition("?")[2])):
             self._status(403)
         elif name.endswith("/") or not name:
             self._folder(name)
