@@ -18,6 +18,7 @@ from torch.distributed import ProcessGroup
 
 from dist_dml.config import EngineConfig
 from dist_dml.errors import RunError, UsageError
+from dist_dml.parallel.determinism import make_deterministic
 from dist_dml.parallel.failure import FailureBoard
 
 # How long a worker that has written its part of a checkpoint waits for the others.
@@ -114,6 +115,8 @@ def start_world(config: EngineConfig, ranks: Ranks) -> World:
         UsageError: if the device is missing, or the environment names no meeting point.
         RunError: if the workers do not meet in time.
     """
+    if config.deterministic:
+        make_deterministic()
     torch.set_num_threads(config.threads or max(1, _usable_cores() // max(1, ranks.local_size)))
     device = _choose_device(config, ranks)
     needs_group = ranks.size > 1 or config.name == "deepspeed"

@@ -91,6 +91,8 @@ class Launcher:
             "tracking={every_steps: 1, mlflow: false}",
             "evaluation={every_epochs: 0, nmi: false}",
             "engine.timeout_seconds=60",
+            # Two threads for networks this small only wait for each other, on a busy machine long.
+            "engine.threads=1",
         ]
 
     def command(self, kind: str, workers: int, arguments: Sequence[str]) -> list[str]:
@@ -117,13 +119,12 @@ class Launcher:
         *arguments: str,
         settings: Sequence[str] | None = None,
         of_worker: Mapping[int, Sequence[str]] | None = None,
+        variables: Mapping[str, str] | None = None,
     ) -> list[subprocess.Popen[str]]:
         """The processes of one run; several only for workers started by hand, each of which can
-        get further arguments of its own."""
+        get further arguments of its own. `variables`: added to the environment of all."""
         settings = self.settings if settings is None else settings
-        environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-            environment.pop(name, None)
+        environment = self.environment() | dict(variables or {})
         command = self.command(kind, workers, [*settings, *arguments])
         port = str(free_port())
         environments = [environment]
@@ -135,17 +136,34 @@ class Launcher:
                 for rank in range(workers)
             ]
         return [
-            subprocess.Popen(
-                [*command, *(of_worker or {}).get(rank, ())],
-                cwd=ROOT,
-                env=each,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
+            self.popen([*command, *(of_worker or {}).get(rank, ())], each)
             for rank, each in enumerate(environments)
         ]
+
+    def start_words(self, command: Sequence[str]) -> list[subprocess.Popen[str]]:
+        """One process of these words, in the environment of all others."""
+        return [self.popen(command, self.environment())]
+
+    def environment(self) -> dict[str, str]:
+        """Of a run that no launcher has started yet."""
+        environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            environment.pop(name, None)
+        return environment
+
+    def popen(
+        self, command: Sequence[str], environment: Mapping[str, str]
+    ) -> subprocess.Popen[str]:
+        """One process, with its output in one pipe."""
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
     def run(
         self,

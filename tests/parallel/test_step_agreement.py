@@ -47,7 +47,7 @@ def seen_by_worker(rank: int, size: int, group: Any) -> tuple[list[float], list[
     step = 0
     agreement = StepAgreement(10.0, 2.0, lambda: rank == size - 1 and step == 3, group)
     shares, stops = [agreement.share], [agreement.stop]
-    for step in (1, 2, 3, 4):  # noqa: B007 (read by the function above)
+    for step in (1, 2, 3, 4):
         agreement.step_done(2.0 + 3.0 * step * (rank + 1))
         shares.append(agreement.share)
         stops.append(agreement.stop)
