@@ -7,9 +7,10 @@ import hashlib
 import os
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dist_dml.credentials import expand
@@ -28,7 +29,7 @@ from dist_dml.data_config import StorageConfig
 from dist_dml.errors import UsageError
 
 MEBIBYTE = 2**20
-_WHOLE, _PART, _ROOM = ".shard", ".part", "room.lock"
+_WHOLE, _PART, _FAILED, _ROOM = ".shard", ".part", ".failed", "room.lock"
 _MOST_EVICTIONS = 8
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -157,11 +158,12 @@ class ShardCache:
         part_path = path.with_suffix(_PART)
         # A live holder writes, or is in its retries; only a stalled one does neither for so long.
         patience = (self.retry.retries + 2) * STALL_SECONDS + self.retry.pauses()
+        began = time.time()
         try:
             with locked_file(part_path, patience, stop) as part, _removed_after(part, part_path):
                 if path.exists():
                     return None
-                self._fill(part, file, stop)
+                self._try(part, file, began, stop)
                 # Not a duplicate of `part`, which would keep the lock.
                 descriptor = os.open(part_path, os.O_RDONLY | os.O_CLOEXEC)
                 part_path.replace(path)
@@ -174,12 +176,39 @@ class ShardCache:
         except OSError as error:
             raise self._unusable(error) from None
 
-    def _fill(self, part: int, file: RemoteFile, stop: threading.Event | None) -> None:
+    def _try(self, part: int, file: RemoteFile, began: float, stop: threading.Event | None) -> None:
+        """Fetch a shard; once only if this process has seen another one fail at it.
+
+        One after the other, the processes of a machine would else wait for a store that is gone
+        for as many times as long as the configuration says as there are processes.
+        """
+        failed, retry = self.path(file).with_suffix(_FAILED), self.retry
+        waited = time.time() - began
+        with suppress(FileNotFoundError):
+            # One that failed early has less patience than this process, and says nothing.
+            if failed.stat().st_mtime > began and waited >= retry.pauses() / 2:
+                retry = replace(retry, retries=0)
+        try:
+            self._fill(part, file, retry, stop)
+        except StorageFault as error:
+            with suppress(OSError):
+                failed.touch()  # While the lock is held: who waits for it sees it.
+            if retry is self.retry:
+                raise
+            raise StorageFault(
+                f"{error}; before, another process of this machine has tried for {waited:.1f} s"
+            ) from None
+        with suppress(OSError):
+            failed.unlink()
+
+    def _fill(
+        self, part: int, file: RemoteFile, retry: Retry, stop: threading.Event | None
+    ) -> None:
         os.ftruncate(part, 0)  # What a dead process left.
         while not self._reserve(part, file.size):
             pause(stop)
         position = 0
-        with closing(read_blocks(file, self.retry, stop)) as blocks:
+        with closing(read_blocks(file, retry, stop)) as blocks:
             for block in blocks:
                 self._write(part, block, position)
                 position += len(block)

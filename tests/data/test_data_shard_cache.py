@@ -6,7 +6,9 @@ import fcntl
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +161,29 @@ def test_a_living_fetcher_is_waited_for_and_a_dead_one_replaced(server, files, c
     assert results == [server.files["0.tar"]]
 
 
+def test_those_who_waited_for_one_that_failed_try_once_and_later_ones_as_often_as_ever(
+    server, files, cache
+):
+    server.always["0.tar"] = 503
+    patient = replace(cache, retry=Retry(3, 0.1))
+
+    def failure() -> str:
+        with pytest.raises(StorageFault) as caught:
+            patient.open(files[0])
+        return str(caught.value)
+
+    with ThreadPoolExecutor(5) as pool:
+        reasons = list(within(30, lambda: list(pool.map(lambda _: failure(), range(5)))))
+    assert sorted("failed 4 times" in reason for reason in reasons) == [False] * 4 + [True]
+    assert sum("another process of this machine has tried for" in reason for reason in reasons) == 4
+    assert len(server.requests) == 4 + 4
+    assert "failed 4 times" in failure()
+    del server.always["0.tar"]
+    server.faults["0.tar"].extend([503] * 3)
+    assert content(patient, files[0]) == server.files["0.tar"]
+    assert not list(cache.folder.glob("*.failed"))
+
+
 def test_a_fetcher_that_stalls_is_not_waited_for_for_ever(files, cache, monkeypatch):
     monkeypatch.setattr(shard_cache, "STALL_SECONDS", 0.1)
     cache.folder.mkdir()
@@ -175,11 +200,12 @@ def test_a_file_that_is_too_short_is_fetched_again(server, files, cache):
     assert content(cache, files[0]) == server.files["0.tar"]
 
 
-def test_a_failed_fetch_leaves_nothing(server, files, cache):
+def test_a_failed_fetch_leaves_an_empty_note_and_nothing_else(server, files, cache):
     server.always["0.tar"] = 503
     with pytest.raises(StorageFault, match="failed 4 times"):
         content(cache, files[0])
-    assert [path.name for path in cache.folder.iterdir()] == ["room.lock"]
+    assert {path.suffix for path in cache.folder.iterdir()} == {".failed", ".lock"}
+    assert held(cache) == 0
 
 
 def test_limits_and_folders_that_cannot_work_are_refused(files, tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from launching import Launcher, training_processes
+from printed_lines import PrintedLines
 
 pytestmark = pytest.mark.slow
 
@@ -20,34 +20,6 @@ STEPS = 250
 TRAINING = [f"training.max_steps={STEPS}", "training.epochs=100000", "engine.threads=1"]
 # No checkpoint before the end: here the disk is full for the records alone.
 TRAINING += ["checkpoint.every_epochs=0", "tracking.diagnostics=false", "data.batch_size=16"]
-
-
-class Output:
-    """The lines that a process prints, as it prints them."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.lines: list[str] = []
-        self._thread = threading.Thread(target=self._read, args=(process,), daemon=True)
-        self._thread.start()
-
-    def _read(self, process: subprocess.Popen[str]) -> None:
-        assert process.stdout is not None
-        with process.stdout as stream:
-            for line in stream:
-                self.lines.append(line.rstrip("\n"))
-
-    def until(self, text: str, process: subprocess.Popen[str], seconds: float = 60) -> None:
-        """Wait for a line with `text`."""
-        deadline = time.monotonic() + seconds
-        while not any(text in line for line in self.lines):
-            assert process.poll() is None, self.lines
-            assert time.monotonic() < deadline, self.lines
-            time.sleep(0.01)
-
-    def end(self) -> list[str]:
-        """All lines, when the process has ended."""
-        self._thread.join(30)
-        return self.lines
 
 
 def records(folder: Path) -> list[dict]:
@@ -69,7 +41,7 @@ def test_records_of_a_time_with_a_full_disk_are_written_later_each_once(
     disk = mounted("size=16m")
     words = ["run.name=full", f"run.root={disk}", *TRAINING]
     (process,) = launcher.start("torchrun", 2, *words)
-    output = Output(process)
+    output = PrintedLines(process)
     written = disk / "full" / "metrics.jsonl"
     try:
         deadline = time.monotonic() + 60
@@ -77,18 +49,18 @@ def test_records_of_a_time_with_a_full_disk_are_written_later_each_once(
             assert time.monotonic() < deadline, output.lines
             time.sleep(0.01)
         filler = fill(disk)
-        output.until("wait in memory", process)
+        output.until("wait in memory")
         taken = written.stat().st_size
         time.sleep(0.5)
         assert written.stat().st_size == taken  # Nothing came to the disk,
         assert process.poll() is None  # and training went on.
         filler.unlink()
-        output.until("that waited are written, none is lost", process)
-        assert process.wait(90) == 0, output.end()
+        output.until("that waited are written, none is lost")
+        assert output.end(90) == 0, output.lines
     finally:
         for worker in training_processes(disk):
             worker.kill()
-    lines = output.end()
+    lines = output.lines
     assert sum("wait in memory (No space left on device)" in line for line in lines) == 1
     assert not any("Traceback" in line for line in lines)
     found = records(disk / "full")
