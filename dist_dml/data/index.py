@@ -7,7 +7,6 @@ A *sample id* is the row number of the index, over all splits.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,15 +19,20 @@ from jaxtyping import Int, Int8, Int32, Int64, UInt32
 from torch import Tensor
 
 from dist_dml.credentials import expand, refuse_secret
+from dist_dml.data.index_reading import (
+    CLASSES_FILE,
+    DATASET_FILE,
+    INDEX_FILE,
+    read_columns,
+    read_metadata,
+    read_texts,
+)
+from dist_dml.data.parquet_files import open_parquet
 from dist_dml.data.quarantine import quarantined_fingerprint, quarantined_ids
 from dist_dml.data.shard_changes import check_shards, is_url
 from dist_dml.data.shards import IMAGE_EXTENSIONS
 from dist_dml.errors import UsageError
 
-FORMAT_VERSION = 1
-INDEX_FILE = "index.parquet"
-CLASSES_FILE = "classes.parquet"
-DATASET_FILE = "dataset.json"
 EXTENSIONS = IMAGE_EXTENSIONS
 """The extension of code i, in the column `extension`."""
 
@@ -89,19 +93,14 @@ class Index:
     @cached_property
     def _keys(self) -> Any:
         """A pyarrow column, read on first use: training needs no keys, and they are large."""
-        import pyarrow.parquet
-
-        return pyarrow.parquet.read_table(self.folder / INDEX_FILE, columns=["key"])["key"]
+        return read_texts(self.folder, INDEX_FILE, "key")
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
         """The name of each class in the catalogue, by class id; training classes come first."""
-        import pyarrow.parquet
-
         if self.joined is not None:
             return self.joined.class_names
-        table = pyarrow.parquet.read_table(self.folder / CLASSES_FILE, columns=["name"])
-        return tuple(table["name"].to_pylist())
+        return tuple(read_texts(self.folder, CLASSES_FILE, "name").to_pylist())
 
     def key(self, sample_id: int) -> str:
         """The WebDataset key of one sample."""
@@ -121,13 +120,10 @@ class Index:
 
     def num_without_size(self) -> int:
         """Images whose headers state no size: no JPEG, PNG or WebP, or damaged. Reads the file."""
-        import pyarrow.parquet
-
-        path = self.folder / INDEX_FILE
-        if "width" not in pyarrow.parquet.read_schema(path).names:  # An index of before 2026-11.
-            return 0
-        width = pyarrow.parquet.read_table(path, columns=["width"])["width"].to_numpy()
-        return int(np.sum(width == 0))
+        with open_parquet(self.folder / INDEX_FILE) as file:
+            if "width" not in file.schema_arrow.names:  # An index of before 2026-11.
+                return 0
+            return int(np.sum(file.read(["width"])["width"].to_numpy() == 0))
 
     def shard_location(self, shard: int) -> str:
         """Path or URL of the tar of code `shard`."""
@@ -214,17 +210,10 @@ def load_unchecked(folder: str | Path) -> Index:
     if not str(folder):
         raise UsageError("data.path is empty; set it to the folder of a packed data set")
     root = Path(expand(str(folder), "data.path"))
-    metadata = _read_metadata(root)
+    metadata = read_metadata(root)
     for shard in metadata["shards"]:
         refuse_secret(shard["name"], f"{root / DATASET_FILE}: the name of a shard")
-    recorded, columns = _read_columns(root)
-    for name in ("fingerprint", "layout"):  # Indexes older than the layout have none.
-        stated = metadata.get(name, "")
-        if recorded[name] != stated:
-            raise UsageError(
-                f"data.path={root}: {INDEX_FILE} and {DATASET_FILE} are of different data sets "
-                f"({name}s {recorded[name][:12]} and {stated[:12]}); {_remedy(root)}"
-            )
+    columns = read_columns(root, metadata)
     return Index(
         folder=root,
         shards=tuple(shard["name"] for shard in metadata["shards"]),
@@ -234,61 +223,3 @@ def load_unchecked(folder: str | Path) -> Index:
         metadata=metadata,
         **columns,  # pyright: ignore[reportArgumentType]
     )
-
-
-_COLUMNS = ["split", "class_id", "shard", "offset", "size", "extension", "checksum"]
-
-
-def _read_columns(root: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    """The fingerprint and layout that the index states, and its columns without the keys.
-
-    One column at a time, and pyarrow's pages given back: read at once, 2.5 million samples held 0.2
-    GB more than their arrays (2026-11), in every worker.
-    """
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
-
-    try:
-        with ParquetFile(root / INDEX_FILE) as file:
-            stamp = file.schema_arrow.metadata or {}
-            recorded = {
-                name: stamp.get(name.encode(), b"").decode() for name in ("fingerprint", "layout")
-            }
-            columns = {name: file.read([name])[name].to_numpy() for name in _COLUMNS}
-    except (OSError, pyarrow.ArrowException) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(
-            f"data.path={root}: cannot read {INDEX_FILE} ({reason}); {_remedy(root)}"
-        ) from None
-    pyarrow.default_memory_pool().release_unused()
-    return recorded, columns
-
-
-def _remedy(root: Path) -> str:
-    return f"run `dist-dml index {root}`"
-
-
-def _read_metadata(root: Path) -> dict[str, Any]:
-    if not root.is_dir():
-        raise UsageError(
-            f"data.path={root}: no such folder; pack one (`dist-dml pack glyphs {root}`) "
-            "or correct data.path"
-        )
-    if not (root / DATASET_FILE).is_file() or not (root / INDEX_FILE).is_file():
-        if not any(root.glob("*.tar")) and not (root / INDEX_FILE).is_file():
-            raise UsageError(
-                f"data.path={root}: holds no shards (*.tar); correct data.path, or pack a data "
-                f"set there and run `dist-dml index {root}`"
-            )
-        raise UsageError(f"data.path={root}: its shards have no index; {_remedy(root)}")
-    try:
-        metadata = json.loads((root / DATASET_FILE).read_text(encoding="utf-8"))
-        version = metadata["format_version"]
-    except (ValueError, KeyError, TypeError):
-        raise UsageError(f"data.path={root}: {DATASET_FILE} is damaged; {_remedy(root)}") from None
-    if version != FORMAT_VERSION:
-        raise UsageError(
-            f"data.path={root}: format version {version}, this program reads {FORMAT_VERSION}; "
-            f"{_remedy(root)}"
-        )
-    return metadata

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dist_dml.data.index import CLASSES_FILE, DATASET_FILE, FORMAT_VERSION, INDEX_FILE
+from dist_dml.data.index_reading import CLASSES_FILE, DATASET_FILE, FORMAT_VERSION, INDEX_FILE
 from dist_dml.data.labels import TRAIN, Classes
 from dist_dml.data.parquet_files import write_parquet
 from dist_dml.data.scanning import COLUMNS, ShardScan

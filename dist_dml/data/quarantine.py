@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Int64
 
-from dist_dml.data.parquet_files import read_stamp, write_parquet
+from dist_dml.data.parquet_files import check_columns, open_parquet, stamp_of, write_parquet
 from dist_dml.errors import UsageError
 
 if TYPE_CHECKING:
@@ -74,13 +74,10 @@ def read_quarantine(path: Path) -> list[QuarantineEntry]:
     Raises:
         UsageError: it is damaged.
     """
-    import pyarrow
-    import pyarrow.parquet
-
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-        return [QuarantineEntry(**row) for row in rows]
-    except (OSError, TypeError, pyarrow.ArrowException):
+        with open_parquet(path) as file:
+            return [QuarantineEntry(**row) for row in file.read().to_pylist()]
+    except ValueError:
         raise _useless(path, "is damaged") from None
 
 
@@ -96,16 +93,19 @@ def quarantined_ids(root: Path, fingerprint: str, num_samples: int) -> Int64[np.
         UsageError: the list is damaged, or of another index.
     """
     import pyarrow
-    import pyarrow.parquet
 
     path = root / QUARANTINE_FILE
     if not path.exists():
         return np.zeros(0, np.int64)
     try:
-        recorded = read_stamp(path).get("fingerprint", "")
-        table = pyarrow.parquet.read_table(path, columns=["sample_id"])
-        ids = np.unique(table["sample_id"].to_numpy().astype(np.int64))
-    except (OSError, KeyError, ValueError, pyarrow.ArrowException):
+        with open_parquet(path) as file:
+            recorded = stamp_of(file).get("fingerprint", "")
+            check_columns(file, {"sample_id": pyarrow.int64()})
+            column = file.read(["sample_id"])["sample_id"].to_numpy()
+            if column.dtype != np.int64:  # Of floats, where a value is missing.
+                raise ValueError("sample_id has rows without a number")
+        ids = np.unique(column)
+    except ValueError:
         raise _useless(path, "is damaged") from None
     outside = len(ids) and (ids[0] < 0 or ids[-1] >= num_samples)
     if recorded != fingerprint or outside:

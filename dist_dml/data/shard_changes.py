@@ -53,7 +53,13 @@ def check_shards(
                     f"with {shard['bytes']}; {_remedy(root)}"
                 )
             if state.st_mtime_ns != shard.get("modified", state.st_mtime_ns):
-                _check_content(root, path, np.arange(start, stop), columns, quarantined)
+                try:
+                    _check_content(root, path, np.arange(start, stop), columns, quarantined)
+                except OSError as error:
+                    raise UsageError(
+                        f"data.path={root}: shard {name} cannot be read ({error.strerror}); mend "
+                        f"its permissions or the disk, or {_remedy(root)}"
+                    ) from None
         start = stop
 
 

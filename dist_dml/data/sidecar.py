@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from dist_dml.data.parquet_files import write_parquet
+from dist_dml.data.parquet_files import check_columns, open_parquet, stamp_of, write_parquet
 from dist_dml.data.scanning import COLUMNS, LeftOut, ShardScan
 from dist_dml.data.shards import IMAGE_EXTENSIONS
 
@@ -67,30 +67,68 @@ def read_sidecar(path: Path, made_from: Mapping[str, Any]) -> ShardScan | None:
 
     A damaged sidecar counts as none: everything in it can be found again.
     """
-    import pyarrow
-    from pyarrow.compute import index_in  # pyright: ignore[reportAttributeAccessIssue]
-    from pyarrow.parquet import ParquetFile
-
     try:
-        with ParquetFile(path) as file:
-            stamp = file.schema_arrow.metadata or {}
-            if stamp.get(b"made_from", b"").decode() != _text(made_from):
+        with open_parquet(path) as file:
+            stamp = stamp_of(file)
+            if stamp.get("made_from") != _text(made_from):
                 return None
-            left_out = tuple(LeftOut(**row) for row in json.loads(stamp[b"left_out"]))
-            table = file.read()
-        extension = table["extension"].combine_chunks().cast(pyarrow.string())
-        codes = index_in(extension, pyarrow.array(IMAGE_EXTENSIONS)).to_numpy(zero_copy_only=False)
+            left_out = tuple(_left_out(row) for row in json.loads(stamp["left_out"]))
+            table = _checked_table(file)
+        extension = table["extension"].combine_chunks()
         columns = {
             name: np.asarray(
-                codes if name == "extension" else table[name].to_numpy(),
-                dtype,
+                _codes(extension) if name == "extension" else table[name].to_numpy(), dtype
             )
             for name, dtype in COLUMNS.items()
         }
-        keys, labels = (table[name].combine_chunks() for name in ("key", "label"))
-    except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException):
+        for name in ("", "cls_", "json_"):
+            _check_places(columns[f"{name}offset"], columns[f"{name}size"], made_from["bytes"])
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
+    keys, labels = (table[name].combine_chunks() for name in ("key", "label"))
     return ShardScan(keys, labels, columns, left_out)
+
+
+def _left_out(row: Any) -> LeftOut:
+    found = LeftOut(**row)
+    texts = (found.key, found.reason, found.message)
+    if type(found.offset) is not int or not all(isinstance(text, str) for text in texts):
+        raise ValueError("no entry of a sample")
+    return found
+
+
+def _checked_table(file: Any) -> Any:
+    """The columns, if they are of the types that they were written with and without gaps."""
+    import pyarrow
+
+    types = {name: pyarrow.from_numpy_dtype(dtype) for name, dtype in COLUMNS.items()}
+    types |= {"key": pyarrow.string(), "label": pyarrow.string()}
+    types["extension"] = pyarrow.dictionary(pyarrow.int8(), pyarrow.string())
+    check_columns(file, types)
+    table = file.read(list(types))
+    table.validate(full=True)  # Parquet's reader takes any bytes for UTF-8.
+    if any(column.null_count for column in table.columns):
+        raise ValueError("a row without a value")
+    return table
+
+
+def _codes(extension: Any) -> np.ndarray:
+    """The code of each extension in `IMAGE_EXTENSIONS`."""
+    import pyarrow
+    from pyarrow.compute import index_in  # pyright: ignore[reportAttributeAccessIssue]
+
+    found = index_in(extension.cast(pyarrow.string()), pyarrow.array(IMAGE_EXTENSIONS))
+    if found.null_count:
+        raise ValueError("an unknown extension")
+    return found.to_numpy(zero_copy_only=False)
+
+
+def _check_places(offset: np.ndarray, size: np.ndarray, num_bytes: int) -> None:
+    """Refuse places outside the shard; where there is no member, both are -1."""
+    there = (offset != -1) | (size != -1)
+    offset, size = offset[there], size[there]
+    if np.any((offset < 0) | (size < 0) | (size > num_bytes) | (offset > num_bytes - size)):
+        raise ValueError("a place outside the shard")
 
 
 def _text(made_from: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
 _CHUNK = 1 << 20
+_MOST_AT_ONCE = 1 << 28
 _MODULUS = 65521
 """Of Adler-32, whose low half is 1 + the sum of all bytes modulo this."""
 _PAX, _GLOBAL_PAX, _LONG_NAME = b"xX", b"g", b"L"
@@ -54,9 +55,10 @@ class ForwardReader:
 
     def read(self, size: int) -> bytes:
         """The next `size` bytes, fewer at the end of the stream."""
-        data = self._stream.read(size)
+        # Python makes room for all that is asked for, whatever there is.
+        data = self._stream.read(min(size, _MOST_AT_ONCE))
         while len(data) < size:  # A raw stream may return less than it has.
-            more = self._stream.read(size - len(data))
+            more = self._stream.read(min(size - len(data), _MOST_AT_ONCE))
             if not more:
                 break
             data += more
