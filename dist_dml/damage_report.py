@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ class DamageReport:
         self._damage, self._world = damage, world
         self._path = folder / FOLDER / f"worker-{world.rank:05d}.parquet"
         self._written = 0
+        self._warned = False
 
     def metrics(self) -> dict[str, float]:
         """`data/damaged_images` and `data/damaged/KIND` of all workers so far; a collective.
@@ -36,10 +38,24 @@ class DamageReport:
         return {"data/damaged_images": float(damaged), **kinds}
 
     def write(self) -> None:
-        """Write the list, if it has grown; also the last thing a failing run does."""
+        """Write the list, if it has grown; also the last thing a failing run does.
+
+        A disk that is full is no reason to end a run over a list: the next call tries again.
+        """
         entries = self._damage.entries
         if len(entries) == self._written:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        write_quarantine(self._path, list(entries.values()))
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_quarantine(self._path, list(entries.values()))
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                print(
+                    f"dist_dml: warning: {self._path}, the list of damaged images, cannot be "
+                    f"written ({error.strerror or error}); training goes on and tries again",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            return
         self._written = len(entries)

@@ -18,11 +18,14 @@ def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text`: readers see the old file or the new one."""
     # Two processes may replace the same file; each writes its own.
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:  # A full disk leaves a part of it.
+        temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 Trainings = tuple[Launcher, dict[str, tuple[Finished, float]]]
 """The launcher, and how each training ended and when (Unix seconds)."""
 
-STEPS = 65
+STEPS = 58
 WORKERS = {"refused": 1, "failing": 1, "silent": 1, "slow": 1, "breaking": 2}
 """The ways to fail, and how many workers train meanwhile."""
 

@@ -229,6 +229,15 @@ def test_an_event_that_the_disk_takes_in_part_is_an_error_and_not_a_torn_line(sm
     assert len(run_files.complete_lines(small_disk / run_files.EVENTS, 0)[0]) == 1
 
 
+def test_what_a_full_disk_does_not_take_whole_leaves_the_old_file_and_no_other(small_disk):
+    before = run_files.identify_run(small_disk, {})
+    fill(small_disk)
+    with pytest.raises(OSError, match="No space left"):
+        run_files.identify_run(small_disk, {"config_hash": "x" * 5000})
+    assert run_files.read_json(small_disk / "run.json") == before
+    assert {path.name for path in small_disk.iterdir()} == {"run.json", "filler"}
+
+
 def test_a_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path):
     with pytest.raises(RunError, match=r"run\.root") as refusal:
         Recorder(tmp_path / "absent")
