@@ -93,10 +93,10 @@ class CheckpointWriter:
         ended, self._ended = self._ended, []
         return ended
 
-    def wait(self) -> None:
-        """Until the save that is under way has ended."""
+    def wait(self, seconds: float | None = None) -> None:
+        """Until the save that is under way has ended, or for so long."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(seconds)
         self._thread = None
 
     def _write(

@@ -205,9 +205,11 @@ class EvaluationConfig(Section):
 
     every_epochs: Annotated[int, Field(ge=0)] = 1
     """Evaluate every this many epochs; 0 evaluates only at the end."""
-    protocols: tuple[ProtocolConfig, ...] = (ProtocolConfig(name="unseen"),)
+    protocols: Annotated[tuple[ProtocolConfig, ...], Field(min_length=1)] = (
+        ProtocolConfig(name="unseen"),
+    )
     """The measurements."""
-    distances: tuple[str, ...] = ("cosine", "l2")
+    distances: Annotated[tuple[str, ...], Field(min_length=1)] = ("cosine", "l2")
     """Distances to rank by: `cosine` and `l2` of embeddings, `probability_l2` and the learned
     `metric(p=0.1)`, `metric(k=0.8,p=0.5)`, `metric(p=0.1,top=64)` of class probabilities (closed
     sets: the classes of the training). Without k, the largest that makes a metric.

@@ -20,6 +20,7 @@ from dist_dml.data.batch_making import Batch
 from dist_dml.engine import engine_name
 from dist_dml.errors import NotFiniteError
 from dist_dml.parallel.heads import ObjectiveOutput
+from dist_dml.parallel.step_watch import StepWatch
 from dist_dml.parallel.world import World
 from dist_dml.tracking.live import LiveLine
 from dist_dml.tracking.mirror import Mirror, start_mirror
@@ -50,8 +51,9 @@ class Journal:
     step; every worker looks whether they are finite, as all see the same.
     """
 
-    def __init__(self, config: Config, run: TrainingRun, world: World) -> None:
+    def __init__(self, config: Config, run: TrainingRun, world: World, watch: StepWatch) -> None:
         """Worker 0 opens the files and starts the mirror to MLflow, which takes milliseconds."""
+        self._watch = watch
         self._every_steps = config.tracking.every_steps
         self._learning_rate = config.optimizer.learning_rate
         self._writes = world.is_first
@@ -240,7 +242,8 @@ class Journal:
     def record(self, progress: Progress, values: dict[str, float]) -> None:
         """Write numbers under a step (worker 0)."""
         if self._recorder is not None:
-            self._recorder.record(progress.step, progress.images_seen, progress.seconds, values)
+            with self._watch.inside("tracker"):
+                self._recorder.record(progress.step, progress.images_seen, progress.seconds, values)
 
     def say(self, text: str) -> None:
         """Show a line above the progress (worker 0)."""

@@ -160,8 +160,9 @@ def _summary(
     history = found.facts.get("gradient_norms")
     if isinstance(history, dict) and found.step in history:
         broken = [name for name, norm in history[found.step].items() if not norm < float("inf")]
-        if broken:
-            parts.append(f"gradients not finite in {len(broken)} parameters, {broken[0]} first")
+        total = len(history[found.step])
+        if broken and total > 1:  # Not ZeRO's common norm.
+            parts.append(f"gradients not finite in {len(broken)} of {total}, {broken[0]} first")
     for what, numbers in (("weights", weights), ("outputs", outputs)):
         broken = [name for name, entry in numbers.items() if entry["not_finite"]]
         if broken:

@@ -40,22 +40,42 @@ def check_memory(
         f"worker {world.rank} needs {_gibibytes(needed)} for {text[0]}, and {sharers} worker(s) "
         f"share {_gibibytes(free)} of free memory; {text[1]}"
     )
+    copy = _host_copy_bytes(config, embedding_dim, partition, world)
+    host_free = _host_free_bytes() if copy else 0
+    if copy and not short and host_free < world.ranks.local_size * copy:
+        short = True
+        text = (
+            f"worker {world.rank} needs {_gibibytes(copy)} of main memory for the copy that a "
+            f"checkpoint is written from, and {world.ranks.local_size} worker(s) share "
+            f"{_gibibytes(host_free)}; set checkpoint.background=false or use more machines"
+        )
     for found in gather_objects(text if short else None, world.group):
         if found is not None:
             raise UsageError(found)
+
+
+def _host_copy_bytes(
+    config: Config, embedding_dim: int, partition: ClassPartition, world: World
+) -> int:
+    """What is copied to main memory from a device; on a CPU it is counted with the rest."""
+    if world.device.type == "cpu" or config.loss.of_pairs:
+        return 0
+    return kept_copy_bytes(config.checkpoint, sum(_state_bytes(config, embedding_dim, partition)))
+
+
+def _host_free_bytes() -> int:
+    import psutil
+
+    return psutil.virtual_memory().available
 
 
 def _class_bytes(
     config: Config, embedding_dim: int, partition: ClassPartition, on_cpu: bool
 ) -> tuple[int, tuple[str, str]]:
     """What a worker's classes take, what for in words, and what takes less."""
-    rows = partition.size * config.loss.num_centres
-    width = 2 if config.engine.precision == "float64" else 1
-    weights = width * rows * embedding_dim * weight_dtype(config.classes).itemsize
-    rule = class_step(config.optimizer, config.classes)
-    state = width * state_bytes(rule, config.classes, rows, embedding_dim)
+    weights, state = _state_bytes(config, embedding_dim, partition)
     tiles = int(config.loss.tile_mebibytes * 2**20)
-    copy = _copy_bytes(config, weights + state, on_cpu)
+    copy = kept_copy_bytes(config.checkpoint, weights + state) if on_cpu else 0
     copied = f", the copy that a checkpoint is written from {_gibibytes(copy)}" if copy else ""
     text = (
         f"its {partition.size} classes (weights {_gibibytes(weights)}, optimizer state "
@@ -69,9 +89,13 @@ def _class_bytes(
     return weights + state + tiles + copy, (text, remedy)
 
 
-def _copy_bytes(config: Config, state: int, on_cpu: bool) -> int:
-    """What checkpoints that are written in the background hold of the classes in main memory."""
-    return kept_copy_bytes(config.checkpoint, state) if on_cpu else 0
+def _state_bytes(config: Config, embedding_dim: int, partition: ClassPartition) -> tuple[int, int]:
+    """Bytes of a worker's class weights, and of their optimizer state."""
+    rows = partition.size * config.loss.num_centres
+    width = 2 if config.engine.precision == "float64" else 1
+    weights = width * rows * embedding_dim * weight_dtype(config.classes).itemsize
+    rule = class_step(config.optimizer, config.classes)
+    return weights, width * state_bytes(rule, config.classes, rows, embedding_dim)
 
 
 def _pair_bytes(
@@ -105,9 +129,7 @@ def _free_bytes(world: World) -> tuple[int, int]:
     """Free memory where this worker's classes will lie, and how many workers share it."""
     if world.device.type == "cuda":
         return torch.cuda.mem_get_info(world.device)[0], 1
-    import psutil
-
-    return psutil.virtual_memory().available, world.ranks.local_size
+    return _host_free_bytes(), world.ranks.local_size
 
 
 def _gibibytes(size: float) -> str:

@@ -61,7 +61,7 @@ class StopRequest:
             raise Stopped(f"{self.name} came before the first step; there was nothing to save")
 
     def _outlive(self, launchers: list[psutil.Process]) -> None:
-        while all(launcher.is_running() for launcher in launchers):
+        while all(_is_alive(launcher) for launcher in launchers):
             time.sleep(_LOOK_SECONDS)
         if not self.asked:
             self.name, self.asked = "its launcher is gone", True
@@ -85,6 +85,14 @@ def deepspeed_launchers() -> list[psutil.Process]:
                 break
             found.append(process)
     return found
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    """One that nobody has buried yet is not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def _is_deepspeed(word: str) -> bool:

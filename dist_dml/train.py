@@ -49,6 +49,8 @@ from dist_dml.training_diagnosis import TrainingDiagnosis
 from dist_dml.training_evaluation import evaluate
 from dist_dml.training_run import TrainingRun, prepare, starting_loss_warning
 
+# For a save that is under way when something else fails.
+_LAST_SAVE_SECONDS = 10.0
 # Signals reach a process, not a run: there is one, and its handlers come before the first worker.
 STOP_REQUEST = StopRequest()
 
@@ -72,9 +74,9 @@ def train(resolved: Resolved, world: World, arguments: argparse.Namespace) -> No
     config = resolved.config
     lock = RunLock()
     run = prepare(config, world, lock)
-    journal = Journal(config, run, world)
-    writer = CheckpointWriter(run.folder / "checkpoints", config.checkpoint, world)
     watch = StepWatch(world, config.engine.slow_seconds, config.engine.timeout_seconds)
+    journal = Journal(config, run, world, watch)
+    writer = CheckpointWriter(run.folder / "checkpoints", config.checkpoint, world)
     companions = Companions(journal, writer, watch, STOP_REQUEST)
     if warning := starting_loss_warning(config, run.head.partition.num_classes):
         journal.say(warning)
@@ -114,9 +116,11 @@ def attempt(config: Config, run: TrainingRun, world: World, companions: Companio
     try:
         stopped = loop(config, run, world, companions)
     except NotFiniteError as found:
+        companions.writer.wait()
         return step_to_pass_over(found, config, run, world, companions.journal)
     finally:
-        companions.writer.wait()
+        # A failure does not wait long for others, which may be what has failed.
+        companions.writer.wait(_LAST_SAVE_SECONDS)
         run.head.close()
     if stopped:
         raise Stopped(
@@ -196,7 +200,7 @@ def loop(config: Config, run: TrainingRun, world: World, companions: Companions)
         agreement.step_done(progress.seconds)
         ends_epoch = within == 0
         ends_run = progress.step == run.total_steps or agreement.share >= 1
-        watch.at("tracker", progress.step)
+        watch.at("step", progress.step)
         if left_out:
             journal.passed_over(progress, f"step {progress.step}: its batch is passed over")
         else:

@@ -93,6 +93,16 @@ class StepWatch:
         """
         self._now = (place, step, time.monotonic())
 
+    @contextlib.contextmanager
+    def inside(self, place: str) -> Iterator[None]:
+        """A short stay in a place, and back to the one before."""
+        before, step, _ = self._now
+        self.at(place, step)
+        try:
+            yield
+        finally:
+            self.at(before, step)
+
     def fetching(self, batches: Iterable[T], step: int) -> Iterator[T]:
         """The batches, whose making is the place `data`. `step`: where training starts."""
         iterator = iter(batches)
@@ -110,9 +120,10 @@ class StepWatch:
         while not self._stopped.wait(self._poll):
             now = self._now
             if now is not seen:
-                seen, due = now, self._slow
+                # An evaluation is no step: it takes its time.
+                seen, due = now, self._limit if now[0] == "evaluation" else self._slow
             seconds = time.monotonic() - now[2]
-            if seconds < min(due, self._slow) / 2 or now[0] == "start":
+            if seconds < self._slow / 2 or now[0] == "start":
                 continue
             mine = self._own(now, seconds)
             self._post(mine)

@@ -188,7 +188,7 @@ def test_a_worker_that_hangs_for_good_ends_all_with_its_name(launcher: Launcher)
     assert "worker 1 says nothing" in line
     assert "engine.timeout_seconds" in line
     # Set free, it learns that the run is over.
-    assert processes[1].wait(30) != 0
+    assert launcher.wait(processes[1:], time.monotonic() + 30).exit_code != 0
     assert saved_step(launcher, "stuck") % 7 == 0
 
 
