@@ -179,7 +179,7 @@ def shown(*arguments: str) -> tuple[int, str]:
     return code, out.getvalue()
 
 
-@settings(FUZZED, max_examples=120)
+@settings(FUZZED, max_examples=80)
 @given(pairs=st.lists(near_pairs, min_size=1, max_size=4))
 def test_sensible_values_make_a_configuration_that_comes_back(
     tmp_path: Path, pairs: list[tuple[str, Any]]
@@ -188,7 +188,7 @@ def test_sensible_values_make_a_configuration_that_comes_back(
     resolved(tmp_path, path, [])
 
 
-@settings(FUZZED, max_examples=200)
+@settings(FUZZED, max_examples=150)
 @given(pairs=st.lists(near_pairs | strange_pairs | strange_pairs, min_size=1, max_size=3))
 def test_strange_values_are_refused_in_one_line(
     tmp_path: Path, pairs: list[tuple[str, Any]]
@@ -197,13 +197,13 @@ def test_strange_values_are_refused_in_one_line(
     resolved(tmp_path, path, [])
 
 
-@settings(FUZZED, max_examples=500)
+@settings(FUZZED, max_examples=350)
 @given(text=documents)
 def test_any_text_is_a_configuration_or_refused_in_one_line(tmp_path: Path, text: str) -> None:
     resolved(tmp_path, file_in(tmp_path, text.encode("utf-8", "surrogatepass")), [])
 
 
-@settings(FUZZED, max_examples=100)
+@settings(FUZZED, max_examples=80)
 @given(content=st.binary(max_size=40))
 def test_any_bytes_are_a_configuration_or_refused_in_one_line(
     tmp_path: Path, content: bytes
@@ -219,13 +219,13 @@ overrides = st.builds(
 )
 
 
-@settings(FUZZED, max_examples=250)
+@settings(FUZZED, max_examples=200)
 @given(texts=st.lists(overrides, min_size=1, max_size=2))
 def test_any_argument_is_taken_or_refused_in_one_line(tmp_path: Path, texts: list[str]) -> None:
     resolved(tmp_path, None, texts)
 
 
-@settings(FUZZED, max_examples=100)
+@settings(FUZZED, max_examples=80)
 @given(text=documents, texts=st.lists(overrides, max_size=2), variant=st.sampled_from(["", ":v"]))
 def test_the_command_ends_with_a_configuration_or_one_line(
     tmp_path: Path, text: str, texts: list[str], variant: str

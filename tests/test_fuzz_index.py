@@ -119,7 +119,7 @@ places = st.lists(
 )
 
 
-@settings(FUZZED, max_examples=150)
+@settings(FUZZED, max_examples=100)
 @given(name=st.sampled_from(FILES), places=places)
 def test_flipped_bits_are_harmless_or_said(
     whole: Path, name: str, places: list[tuple[int, int]]
@@ -129,7 +129,7 @@ def test_flipped_bits_are_harmless_or_said(
         use(folder)
 
 
-@settings(FUZZED, max_examples=60)
+@settings(FUZZED, max_examples=50)
 @given(name=st.sampled_from(FILES), share=st.floats(0, 1), tail=st.binary(max_size=20))
 def test_files_that_were_cut_are_said(whole: Path, name: str, share: float, tail: bytes) -> None:
     with damaged(whole) as folder:
@@ -207,7 +207,7 @@ CHANGES: dict[str, Callable[..., pa.Table]] = {
 }
 
 
-@settings(FUZZED, max_examples=250)
+@settings(FUZZED, max_examples=160)
 @given(
     file_and_name=st.sampled_from([(file, name) for file in NAMES for name in NAMES[file]]),
     change=st.sampled_from(sorted(CHANGES)),
@@ -250,7 +250,7 @@ STRANGE: list[Any] = [
 ]
 
 
-@settings(FUZZED, max_examples=250)
+@settings(FUZZED, max_examples=160)
 @given(
     at=st.integers(0, 200),
     action=st.sampled_from(["set", "set", "set", "remove", "add", "repeat"]),
@@ -280,7 +280,7 @@ def test_other_metadata_are_harmless_or_said(whole: Path, at: int, action: str, 
         command("verify", "--processes", "1", str(folder))
 
 
-@settings(FUZZED, max_examples=60)
+@settings(FUZZED, max_examples=50)
 @given(
     which=st.integers(0, 2),
     change=st.sampled_from([*sorted(CHANGES), "flipped"]),
@@ -311,7 +311,7 @@ def test_sidecars_are_used_or_made_again(
         use(folder)
 
 
-@settings(FUZZED, max_examples=40)
+@settings(FUZZED, max_examples=30)
 @given(content=st.binary(max_size=30), number=numbers, kind=st.sampled_from([*KINDS, None]))
 def test_quarantines_are_used_or_refused(
     whole: Path, content: bytes, number: int, kind: pa.DataType | None
