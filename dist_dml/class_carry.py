@@ -35,7 +35,8 @@ from dist_dml.data.index import Index
 from dist_dml.data.opening import open_index
 from dist_dml.data.progress import ProgressLine
 from dist_dml.errors import UsageError
-from dist_dml.training_run import planned, step_in_plan
+from dist_dml.resuming import step_in_plan
+from dist_dml.training_run import planned
 
 
 def find_checkpoint(text: str) -> tuple[Path, Manifest]:

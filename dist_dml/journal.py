@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
@@ -250,8 +251,14 @@ class Journal:
         if self._line is not None:
             self._line.message(text)
 
-    def note_figure(self, path: Path) -> None:
-        """Have a picture mirrored to MLflow."""
+    @contextlib.contextmanager
+    def drawing(self, path: Path) -> Iterator[None]:
+        """A picture is drawn and mirrored to MLflow; one that a full disk refuses ends no run."""
+        try:
+            yield
+        except OSError as error:
+            self.say(f"warning: {path} could not be written ({error.strerror}); the run goes on")
+            return
         if self._recorder is not None:
             self._recorder.note_figure(path)
 
@@ -270,11 +277,15 @@ class Journal:
             return
         self._line.close()
         path = run.folder / "report" / "curves.png"
-        save_figure(training_curves(read_metrics(run.folder), config.run.name), path)
-        self._recorder.note_figure(path)
+        with self.drawing(path):
+            save_figure(training_curves(read_metrics(run.folder), config.run.name), path)
         self._recorder.note_end("FINISHED")
         self._recorder.close()
-        missing = self._mirror.finish(_MIRROR_SECONDS) if self._mirror is not None else None
+        missing = None
+        if self._mirror is not None:
+            # The other workers wait as well.
+            patience = min(_MIRROR_SECONDS, config.engine.timeout_seconds / 2)
+            missing = self._mirror.finish(patience)
         if self.table:
             print(f"\n{self.table}\n")
         print(f"run:         {run.folder}/ (metrics.jsonl, checkpoints/, report/)")

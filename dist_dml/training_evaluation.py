@@ -41,13 +41,13 @@ def evaluate(
     )
     if world.is_first and measured.certificates:
         path = run.folder / "report" / "certificates.png"
-        journal.table = write_certificates(path, measured) + "\n\n"
-        journal.note_figure(path)
+        with journal.drawing(path):
+            journal.table = write_certificates(path, measured) + "\n\n"
     if ends_run and world.is_first:
         path = run.folder / "report" / "gallery.png"
         title = f"{config.run.name}: step {progress.step}"
-        write_gallery(path, run.index, measured, config, title)
-        journal.note_figure(path)
+        with journal.drawing(path):
+            write_gallery(path, run.index, measured, config, title)
         certificates = journal.table if measured.certificates else ""
         journal.table = certificates + tables({"trained": scores}, config)
     embedder.train()

@@ -4,38 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dist_dml.agreement import check_agreement, epoch_facts
-from dist_dml.checkpoint import (
-    load_embedder_tensors,
-    load_head,
-    load_optimizer_state,
-    remove_unfinished,
-)
+from dist_dml.checkpoint import remove_unfinished
 from dist_dml.checkpoint_manifest import Manifest, Progress, newest_checkpoint, verify_checkpoint
 from dist_dml.config import Config
 from dist_dml.config_loading import config_hash, to_yaml
 from dist_dml.data.index import Index
 from dist_dml.data.opening import open_index, open_plan
-from dist_dml.data.plan import Plan, plan_differences
-from dist_dml.engine import Engine, build_engine
+from dist_dml.data.plan import Plan
+from dist_dml.engine import Engine
 from dist_dml.errors import UsageError
-from dist_dml.loss_config import LossConfig
 from dist_dml.measurement import check_evaluation
 from dist_dml.metric_parameters import MetricParameters
-from dist_dml.models.embedder import Embedder, build_embedder
+from dist_dml.models.embedder import build_embedder
 from dist_dml.parallel.class_partition import ClassPartition
 from dist_dml.parallel.collectives import gather_objects
 from dist_dml.parallel.heads import Head
 from dist_dml.parallel.world import World
 from dist_dml.resources import check_disk, check_memory
 from dist_dml.restarts import launch_identity, restart_count
+from dist_dml.resuming import restore
 from dist_dml.run_lock import RunLock
 from dist_dml.skipped_batches import skipped_steps
 from dist_dml.tracking.run_files import IDENTITY, identify_run, read_json
@@ -128,7 +120,7 @@ def prepare(config: Config, world: World, lock: RunLock, again: bool = False) ->
     embedder = embedder.to(sum_dtype(config))
     check_memory(config, embedder.embedding_dim, partition, world)
     head = build_head(config, embedder.embedding_dim, partition, plan, index, world)
-    start, engine = _restore(config, world, embedder, head, facts, found.start)
+    start, engine = restore(config, world, embedder, head, facts, found.start)
     start = replace(start, skipped=tuple(sorted({*start.skipped, *found.skipped})))
     check_disk(config, folder, embedder, head, world)
     return TrainingRun(folder, index, plan, total_steps, engine, head, start, facts)
@@ -202,113 +194,6 @@ def _find_start(config: Config, folder: Path, goes_on: bool) -> tuple[Path, Mani
             "run.name"
         )
     return newest
-
-
-def _restore(
-    config: Config,
-    world: World,
-    embedder: Embedder,
-    head: Head,
-    facts: dict[str, Any],
-    found: tuple[Path, Manifest] | None,
-) -> tuple[Progress, Engine]:
-    """The engine over starting or restored weights. ZeRO copies weights when it is built."""
-    if found is None:
-        return Progress(), build_engine(config, embedder.to(world.device), world)
-    path, manifest = found
-    progress = _place_in_plan(config, path, manifest, facts, world)
-    _check_state(path, config)
-    try:
-        embedder.load_state_dict(load_embedder_tensors(path))
-    except RuntimeError as error:
-        detail = " ".join(str(error).split())[:300]
-        raise UsageError(
-            f"checkpoint {path} does not fit the model ({detail}); resume with the `model` "
-            "section of its config.yaml"
-        ) from None
-    load_head(path, manifest, head)
-    engine = build_engine(config, embedder.to(world.device), world)
-    engine.load_optimizer_tensors(load_optimizer_state(path))
-    return progress, engine
-
-
-def _place_in_plan(
-    config: Config, path: Path, manifest: Manifest, facts: dict[str, Any], world: World
-) -> Progress:
-    """Where the plan goes on: at the checkpoint's step or, in a changed plan, at the same share of
-    the same epoch.
-
-    Raises:
-        UsageError: the plan has changed and `run.accept_changed_data` is not set.
-    """
-    differing = plan_differences(manifest.plan, facts)
-    if not differing:
-        return manifest.progress
-    changes = "; ".join(differing)
-    if not config.run.accept_changed_data:
-        raise UsageError(
-            f"checkpoint {path} was trained in another order of samples ({changes}); resume with "
-            "the same data and order, set run.accept_changed_data=true to go on at the same share "
-            "of the epoch, or start a new run.name"
-        )
-    step = step_in_plan(manifest.progress.step, manifest.plan, facts)
-    before = manifest.plan.get("steps_per_epoch", facts["steps_per_epoch"])
-    if world.is_first:
-        print(
-            f"note: going on from {path.name} in a changed order of samples ({changes}): step "
-            f"{manifest.progress.step} of {before} an epoch becomes step {step} of "
-            f"{facts['steps_per_epoch']} an epoch",
-            file=sys.stderr,
-        )
-    return replace(manifest.progress, step=step)
-
-
-def step_in_plan(step: int, before: dict[str, Any], now: dict[str, Any]) -> int:
-    """The step of a changed plan at the same share of the same epoch."""
-    steps = before.get("steps_per_epoch", now["steps_per_epoch"])
-    epoch, within = divmod(step, steps)
-    return epoch * now["steps_per_epoch"] + within * now["steps_per_epoch"] // steps
-
-
-def _check_state(path: Path, config: Config) -> None:
-    """Refuse settings whose state a checkpoint does not hold; shapes are compared when loading."""
-    stored = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    ours = config.model_dump(mode="json")
-    differing = [
-        f"{section}.{key} {stored[section][key]!r} -> {ours[section][key]!r}"
-        for section, key in (
-            ("optimizer", "name"),
-            ("loss", "bias"),
-            ("classes", "optimizer"),
-            ("proxies", "per_class"),
-            ("proxies", "pool_size"),
-            ("proxies", "pool"),
-        )
-        # A section that a checkpoint does not know had its defaults.
-        if stored.setdefault(section, dict(ours[section])).setdefault(key, "same")
-        != ours[section][key]
-    ]
-    try:
-        theirs = LossConfig.model_validate(stored["loss"])
-    except ValueError:  # Pydantic's error is one.
-        raise UsageError(
-            f"checkpoint {path} has a loss section that this version does not read; start a new "
-            "run.name"
-        ) from None
-    for what, before, now in (
-        ("cosine similarity", theirs.uses_cosine, config.loss.uses_cosine),
-        ("a loss of pairs", theirs.of_pairs, config.loss.of_pairs),
-        ("loss.memory_size", theirs.memory_size, config.loss.memory_size),
-        ("loss.centres", theirs.num_centres, config.loss.num_centres),
-        ("loss.name=adaface", theirs.name == "adaface", config.loss.name == "adaface"),
-    ):
-        if before != now:
-            differing.append(f"{what} {before!r} -> {now!r}")
-    if differing:
-        raise UsageError(
-            f"checkpoint {path} was made with other settings ({'; '.join(differing)}) and lacks "
-            "the state of these; resume with its own, or start a new run.name"
-        )
 
 
 def starting_loss_warning(config: Config, num_classes: int) -> str:

@@ -29,6 +29,7 @@ LEVELS = {
             "journal",
             "not_finite",
             "recovery",
+            "resuming",
             "saving",
             "training_evaluation",
             "training_run",

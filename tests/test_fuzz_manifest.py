@@ -38,7 +38,7 @@ from dist_dml.checkpoint_manifest import (
     verify_checkpoint,
 )
 from dist_dml.errors import UsageError
-from dist_dml.training_run import step_in_plan
+from dist_dml.resuming import step_in_plan
 
 # What stands beside the checkpoints, and what no manifest may lead to.
 SECRET = "secret.safetensors"

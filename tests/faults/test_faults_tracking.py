@@ -94,8 +94,8 @@ def runs(
         words += [f"tracking.mlflow_uri={doors[name].url}", f"training.max_steps={STEPS}"]
         # Two threads each would stand in each other's way: six workers share the machine.
         words += ["training.epochs=1000", "checkpoint.every_epochs=0", "engine.threads=1"]
-        # The other worker waits for the first one, which waits a minute for MLflow.
-        words += ["engine.timeout_seconds=180"]
+        # The other worker waits for the first one, which waits for MLflow.
+        words += ["engine.timeout_seconds=60"]
         kind = "python" if workers == 1 else "torchrun"
         started[name] = launcher.start(kind, workers, *words)
     deadline = time.monotonic() + 300
