@@ -9,6 +9,8 @@ DEMO_DATA := datasets/glyphs
 DEMO_RUN := runs/demo
 # Two workers on a machine without GPUs share its cores; one thread each is the fastest there.
 DEMO_WORKERS ?= 2
+# Test files that run at the same time. Each test may start up to five processes of its own.
+TEST_PROCESSES ?= 2
 
 .PHONY: help setup demo test test-slow lint format ui bench clean
 
@@ -45,11 +47,11 @@ demo: $(READY)
 
 test: $(READY)
 	@echo "== test: everything but the slow tests"
-	$(BIN)/python -m pytest -m "not slow" --durations=15
+	$(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile --durations=15
 
 test-slow: $(READY)
 	@echo "== test-slow: several processes, injected faults, documented commands"
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n $(TEST_PROCESSES) --dist loadfile --durations=15
 
 lint: $(READY)
 	@echo "== lint: ruff and pyright"

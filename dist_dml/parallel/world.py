@@ -124,28 +124,47 @@ def start_world(config: EngineConfig, ranks: Ranks) -> World:
         return World(ranks, device, None, None)
     timeout = timedelta(seconds=config.timeout_seconds)
     store = _meet(ranks, timeout)
-    backend = "nccl" if device.type == "cuda" else "gloo"
     # torchrun's store outlives a restart of the workers; what the last ones wrote must not be read.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    dist.init_process_group(
-        backend,
-        store=PrefixStore(f"group {attempt}", store),
-        rank=ranks.rank,
-        world_size=ranks.size,
-        timeout=timeout,
-        device_id=device if device.type == "cuda" else None,
-    )
     failures = None
     if isinstance(store, TCPStore):
         watched = store.clone()  # pyright: ignore[reportAttributeAccessIssue]  (not in its stub)
         failures = FailureBoard(watched, ranks.rank, ranks.size, ranks.local_rank, attempt)
         failures.watch()
-    control = background = None
-    if ranks.size > 1:
-        control = _group_of_hosts(timeout)
-        # A worker may wait for the slowest disk.
-        patience = timedelta(seconds=max(config.timeout_seconds, _DISK_SECONDS))
-        background = _group_of_hosts(patience)
+    try:
+        return _connect(ranks, device, PrefixStore(f"group {attempt}", store), timeout, failures)
+    except (RuntimeError, dist.DistError) as error:
+        reason = (
+            f"worker {ranks.rank} lost the others while they met ({str(error).splitlines()[0]}): "
+            "look at their output, then start again with --resume auto"
+        )
+        if failures is not None:
+            failures.report(reason, 1)
+        raise RunError(reason) from None
+
+
+def _connect(
+    ranks: Ranks,
+    device: torch.device,
+    store: Store,
+    timeout: timedelta,
+    failures: FailureBoard | None,
+) -> World:
+    """The process groups of all workers."""
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=ranks.rank,
+        world_size=ranks.size,
+        timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+    )
+    if ranks.size == 1:
+        return World(ranks, device, dist.group.WORLD, failures)
+    control, background = _group_of_hosts(timeout), _group_of_hosts(timeout)
+    # From here on: who is missing now would be waited for as long.
+    patience = timedelta(seconds=max(timeout.total_seconds(), _DISK_SECONDS))
+    background._get_backend(torch.device("cpu"))._set_default_timeout(patience)
     return World(ranks, device, dist.group.WORLD, failures, control, background)
 
 
