@@ -11,8 +11,8 @@ import socket
 
 
 def restart_count() -> int:
-    """How often this launch has been started again: torchrun's (and DeepSpeed's elastic) agent
-    counts restarts of its workers, Slurm those of a requeued job. 0 for a first start.
+    """How often this launch has been started again: torchrun's agent counts restarts of its
+    workers, Slurm those of a requeued job. 0 for a first start.
     """
     counts = (os.environ.get(name, "") for name in _COUNTS)
     return sum(int(text) for text in counts if text.isdigit())

@@ -49,7 +49,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     given = parser.parse_args()
     here = machine(torch.device("cpu"))
-    print(machine_line(here) + load_warning(here), flush=True)
+    print("\n".join(filter(None, (machine_line(here), load_warning(here)))), flush=True)
     variants = {
         "none": ["checkpoint.every_steps=0"],
         "background": [f"checkpoint.every_steps={given.every}"],

@@ -124,20 +124,40 @@ def test_torchrun_restarts_killed_workers_which_go_on_by_themselves(launcher: La
     assert "holds a run already" in second.output
 
 
-def test_a_requeued_slurm_job_goes_on_by_itself_and_another_job_does_not(
-    launcher: Launcher,
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_worker_ends_the_other_within_30_s_with_the_reason(
+    launcher: Launcher, victim: int
 ) -> None:
-    whole = launcher.run("python", 1, "run.name=whole", *TRAINING)
+    processes = launcher.start("by hand", 2, "run.name=killed", *TRAINING, "training.epochs=400")
+    wait_for_steps(launcher, "killed", ENOUGH)
+    processes[victim].kill()
+    ended = launcher.wait(processes, time.monotonic() + 30)
+    assert processes[1 - victim].returncode == 1, ended.output
+    (line,) = ended.error_lines
+    assert "it was killed or its machine failed" in line
+    assert "--resume auto" in line
+    assert not training_processes(launcher.root)
+
+
+@pytest.mark.parametrize(("kind", "workers"), [("python", 1), ("deepspeed", 2)])
+def test_a_requeued_slurm_job_goes_on_by_itself_and_another_job_does_not(
+    launcher: Launcher, kind: str, workers: int
+) -> None:
+    whole = launcher.run(kind, workers, "run.name=whole", *TRAINING)
     assert whole.exit_code == 0, whole.output
-    slurm = {"SLURM_JOB_ID": "4711", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
+    slurm = {"SLURM_JOB_ID": "4711"}
+    if kind == "python":  # Slurm's own launcher: one task of a step.
+        slurm |= {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
 
     def job(**more: str) -> subprocess.Popen[str]:
-        (process,) = launcher.start("python", 1, "run.name=job", *TRAINING, variables=slurm | more)
+        words = ["run.name=job", *TRAINING]
+        (process,) = launcher.start(kind, workers, *words, variables=slurm | more)
         return process
 
     first = job()
     wait_for_steps(launcher, "job", ENOUGH)
-    first.kill()  # As a node that goes down.
+    for process in [first, *training_processes(launcher.root)]:
+        process.kill()  # As a node that goes down.
     launcher.wait([first], time.monotonic() + 30)
     other = launcher.wait([job(SLURM_JOB_ID="4712")], time.monotonic() + 60)
     assert other.exit_code == 2
