@@ -148,9 +148,12 @@ def _claim_folder(
     if not world.is_first:
         return None
     try:
+        goes_on = again or _is_restart(folder)
+        if config.run.resume == "no" and not goes_on:
+            _find_start(config, folder, goes_on)  # Refused at once, and not after a wait.
         if folder.is_dir():
             lock.acquire(folder)
-        found = _find_start(config, folder, again or _is_restart(folder))
+        found = _find_start(config, folder, goes_on)
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         lock.acquire(folder)
         remove_unfinished(folder / "checkpoints")
