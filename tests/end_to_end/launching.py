@@ -28,15 +28,20 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def start_command(*words: str) -> subprocess.Popen[str]:
-    """`dist-dml WORDS`, as a user without a launcher starts it; one thread."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def plain_environment() -> dict[str, str]:
+    """Of a command that no launcher has started; one thread."""
+    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         environment.pop(name, None)
+    return environment
+
+
+def start_command(*words: str) -> subprocess.Popen[str]:
+    """`dist-dml WORDS`, as a user without a launcher starts it; one thread."""
     return subprocess.Popen(
         [str(BIN / "dist-dml"), *words],
         cwd=ROOT,
-        env=environment,
+        env=plain_environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -124,7 +129,7 @@ class Launcher:
         """The processes of one run; several only for workers started by hand, each of which can
         get further arguments of its own. `variables`: added to the environment of all."""
         settings = self.settings if settings is None else settings
-        environment = self.environment() | dict(variables or {})
+        environment = plain_environment() | dict(variables or {})
         command = self.command(kind, workers, [*settings, *arguments])
         port = str(free_port())
         environments = [environment]
@@ -142,14 +147,7 @@ class Launcher:
 
     def start_words(self, command: Sequence[str]) -> list[subprocess.Popen[str]]:
         """One process of these words, in the environment of all others."""
-        return [self.popen(command, self.environment())]
-
-    def environment(self) -> dict[str, str]:
-        """Of a run that no launcher has started yet."""
-        environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-            environment.pop(name, None)
-        return environment
+        return [self.popen(command, plain_environment())]
 
     def popen(
         self, command: Sequence[str], environment: Mapping[str, str]
