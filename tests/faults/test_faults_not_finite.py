@@ -68,7 +68,7 @@ def test_the_run_ends_with_the_batchs_keys_and_the_layer(launcher: Launcher, wor
     assert ended.exit_code == 1, ended.output
     (line,) = ended.error_lines
     assert f"gradient of step {BAD_STEP} has the norm nan" in line
-    assert f"gradients not finite in 1 of 13, {LAYER} first" in line
+    assert f"gradients not finite in 1 of 14, {LAYER} first" in line
     assert "training.rollback_checkpoints=1" in line
     if workers == 1:  # torchrun prints one of its own.
         assert "Traceback" not in ended.output
