@@ -50,7 +50,7 @@ from dist_dml.training_evaluation import evaluate
 from dist_dml.training_run import TrainingRun, prepare, starting_loss_warning
 
 # For a save that is under way when something else fails.
-_LAST_SAVE_SECONDS = 10.0
+_LAST_SAVE_SECONDS = 3.0
 # Signals reach a process, not a run: there is one, and its handlers come before the first worker.
 STOP_REQUEST = StopRequest()
 
