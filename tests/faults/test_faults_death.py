@@ -106,24 +106,6 @@ def test_a_launcher_that_is_asked_to_stop_leaves_a_saved_run_and_no_worker(
     assert step == steps_done(launcher, "asked")
 
 
-def test_torchrun_restarts_killed_workers_which_go_on_by_themselves(launcher: Launcher) -> None:
-    whole = launcher.run("torchrun", 2, "run.name=whole", *TRAINING)
-    assert whole.exit_code == 0, whole.output
-    words = launcher.command("torchrun", 2, [*launcher.settings, *TRAINING, "run.name=killed"])
-    words[1:1] = ["--max-restarts", "2", "--monitor-interval", "0.1"]
-    (process,) = launcher.start_words(words)
-    for steps in (ENOUGH, 60):
-        wait_for_steps(launcher, "killed", steps)
-        max(training_processes(launcher.root), key=lambda p: p.pid).kill()
-    ended = launcher.wait([process], time.monotonic() + 120)
-    assert ended.exit_code == 0, ended.output
-    assert_same_end(launcher, "killed", "whole")
-    # Another launch, even of the same command, is a new run and is refused.
-    second = launcher.run("torchrun", 2, "run.name=killed", *TRAINING)
-    assert second.exit_code != 0
-    assert "holds a run already" in second.output
-
-
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_worker_ends_the_other_within_30_s_with_the_reason(
     launcher: Launcher, victim: int
