@@ -109,6 +109,7 @@ LEVELS = {
             "restarts",
             "strict_json",
             "plain_yaml",
+            "process_pool",
             "class_config",
             "config_types",
             "credentials",

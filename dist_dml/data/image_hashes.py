@@ -17,10 +17,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from typing import Any, TypeVar
 
 import numpy as np
@@ -31,6 +29,7 @@ from dist_dml.data.index import Index
 from dist_dml.data.parquet_files import write_parquet
 from dist_dml.data.progress import ProgressLine
 from dist_dml.data.reader import Reader, open_reader
+from dist_dml.process_pool import process_pool
 
 T = TypeVar("T")
 
@@ -182,10 +181,7 @@ def over_processes(
     if processes <= 1:
         yield from (work(reader, *job) for job in jobs)
         return
-    # Forked children of a process that runs threads can hang; a forkserver has none.
-    with ProcessPoolExecutor(
-        processes, get_context("forkserver"), initializer=_start_worker, initargs=(reader,)
-    ) as pool:
+    with process_pool(processes, _start_worker, reader) as pool:
         try:
             yield from pool.map(partial(_in_worker, work), jobs)
         except BaseException:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from queue import Full, Queue
@@ -24,6 +25,7 @@ from dist_dml.data.prefetch import Prefetcher
 from dist_dml.data.reader import open_reader, storage_error
 from dist_dml.data_config import DataConfig
 from dist_dml.errors import RunError
+from dist_dml.process_pool import take_environment
 
 _CLOSE_SECONDS = 10.0
 
@@ -232,7 +234,7 @@ def _made_elsewhere(
         collate_fn=_as_is,
         pin_memory=torch.cuda.is_available(),
         multiprocessing_context=_forkserver(),
-        worker_init_fn=_end_with_parent,
+        worker_init_fn=partial(_start_loader, dict(os.environ)),
         # Torch draws a seed for its workers: not from the generator that the training uses.
         generator=torch.Generator(),
     )
@@ -278,7 +280,12 @@ def _forkserver() -> BaseContext:
     return context
 
 
-def _end_with_parent(_: int) -> None:
+def _start_loader(variables: Mapping[str, str], _: int) -> None:
+    take_environment(variables)
+    _end_with_parent()
+
+
+def _end_with_parent() -> None:
     """Leave as soon as the training process is gone, also when it was killed.
 
     Torch's own watchdog watches the parent process, which is the forkserver here: that one lives as

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -20,6 +18,7 @@ from dist_dml.data.sidecar import read_sidecar, write_sidecar
 from dist_dml.data.tar_members import ForwardReader, walk_members
 from dist_dml.data_config import StorageConfig
 from dist_dml.errors import RunError, UsageError
+from dist_dml.process_pool import process_pool
 
 _BUFFER = 1 << 20
 
@@ -161,9 +160,7 @@ def scan_all(jobs: Sequence[ScanJob], processes: int) -> Iterator[ShardScan]:
     if processes <= 1 or len(jobs) == 1:
         yield from map(scan_one, jobs)
         return
-    # Forked children of a process that runs threads can hang; a forkserver has none.
-    context = get_context("forkserver")
-    with ProcessPoolExecutor(min(processes, len(jobs)), mp_context=context) as pool:
+    with process_pool(min(processes, len(jobs))) as pool:
         try:
             yield from pool.map(scan_one, jobs)
         except BaseException:

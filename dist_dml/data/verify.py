@@ -7,10 +7,9 @@ import os
 import zlib
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
 
 import numpy as np
 from jaxtyping import Int64, UInt32
@@ -29,6 +28,7 @@ from dist_dml.data.shard_changes import is_url
 from dist_dml.data.tar_members import ForwardReader
 from dist_dml.data_config import StorageConfig
 from dist_dml.errors import UsageError
+from dist_dml.process_pool import process_pool
 
 _LOCAL_SAMPLES = 512
 """Images of a task. A remote shard is one task, streamed once."""
@@ -99,8 +99,7 @@ def _checked(tasks: Iterator[_Task], processes: int) -> Iterator[tuple[int, list
             yield len(task.sample_ids), _check(task)
         return
     waiting: deque[tuple[int, Future[list[Verdict]]]] = deque()
-    # Forked children of a process that runs threads can hang; a forkserver has none.
-    with ProcessPoolExecutor(processes, mp_context=get_context("forkserver")) as pool:
+    with process_pool(processes) as pool:
         for task in tasks:
             waiting.append((len(task.sample_ids), pool.submit(_check, task)))
             if len(waiting) >= _WAITING * processes:

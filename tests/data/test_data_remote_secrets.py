@@ -73,7 +73,7 @@ def check_no_secret(folder: Path, *texts: str) -> None:
 @pytest.mark.parametrize("pattern", ["set/*.tar", "set", "set/"])
 def test_listed_files_keep_the_reference_and_the_password_reaches_the_server(server, pattern):
     found = within(10, lambda: list_remote(f"{with_user(server)}/{pattern}", QUICK))
-    urls = [file.url for file in found]  # type: ignore[attr-defined]
+    urls = [file.url for file in found]
     assert urls == [f"{with_user(server)}/set/{name}" for name in names_of(server)]
     assert stat_remote(urls[0], QUICK).size == len(server.files[f"set/{names_of(server)[0]}"])
 
@@ -87,8 +87,7 @@ def test_a_folder_whose_variable_hides_a_query_is_refused(server, monkeypatch):
 def test_an_index_of_protected_shards_holds_no_secret(server, tmp_path, capsys, index: Index):
     server.faults[f"set/{names_of(server)[0]}"].append(503)
     command = ["index", "--remote", f"{with_user(server)}/set/*.tar", "--out", str(tmp_path / "a")]
-    # In this process: a forkserver of earlier tests knows the environment of its own start.
-    assert main([*command, "--processes", "1"]) == 0
+    assert main(command) == 0
     written = capsys.readouterr()
     check_no_secret(tmp_path, written.out, written.err)
     assert "HTTP 503" in written.err

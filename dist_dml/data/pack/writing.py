@@ -8,10 +8,8 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from dist_dml.data.index_command import build_index
 from dist_dml.data.progress import ProgressLine
 from dist_dml.data.shards import write_shard
 from dist_dml.errors import RunError, UsageError
+from dist_dml.process_pool import process_pool
 from dist_dml.whole_files import write_json
 
 PACK_FILE = "pack.json"
@@ -153,8 +152,7 @@ def _written(
     if processes <= 1:
         yield from map(write, shards)
         return
-    # Forked children of a process that runs threads can hang; a forkserver has none.
-    with ProcessPoolExecutor(processes, mp_context=get_context("forkserver")) as pool:
+    with process_pool(processes) as pool:
         yield from pool.map(write, shards)
 
 
