@@ -42,11 +42,16 @@ def write_parquet(path: Path, table: Any, stamp: Mapping[str, str]) -> None:
 
 
 @contextmanager
-def open_parquet(path: Path) -> Iterator[Any]:
+def open_parquet(path: Path, buffer_bytes: int = 0) -> Iterator[Any]:
     """An open `pyarrow.parquet.ParquetFile`, whose pages are compared with their checksums.
 
     Whatever pyarrow says of the file while it is open, and whatever ValueError the caller raises
     about it, comes out as one line.
+
+    Args:
+        path: of the file.
+        buffer_bytes: of each column in memory at a time; 0: a whole column of a row group, which is
+            one read, and of any size in files that others wrote.
 
     Raises:
         ValueError: it cannot be read; begins with the file's name.
@@ -55,7 +60,12 @@ def open_parquet(path: Path) -> Iterator[Any]:
     from pyarrow.parquet import ParquetFile
 
     try:
-        with ParquetFile(path, page_checksum_verification=True) as file:
+        with ParquetFile(
+            path,
+            page_checksum_verification=True,
+            pre_buffer=not buffer_bytes,
+            buffer_size=buffer_bytes,
+        ) as file:
             yield file
     except UsageError:  # Of the caller, who has said it all.
         raise

@@ -1,0 +1,336 @@
+"""Embeddings as data: Parquet files that `dist-dml embed` or anybody else wrote.
+
+One row a sample, with the columns `id` (integer or string), `label` (integer or string),
+`embedding` (list of float16, float32 or float64) and any others, which are metadata. See
+docs/embeddings.md.
+
+Dimensions: `n` samples, embeddings of width `D`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import psutil
+from jaxtyping import Float32
+
+from dist_dml.data.parquet_files import write_parquet
+from dist_dml.data.progress import ProgressLine
+from dist_dml.errors import UsageError
+from dist_dml.retrieval.embedding_columns import (
+    ColumnNames,
+    Footer,
+    read_columns,
+    read_footer,
+)
+from dist_dml.retrieval.embedding_manifest import finished_parts
+from dist_dml.retrieval.embedding_numbering import (
+    RawTable,
+    join_columns,
+    number_ids,
+    number_labels,
+)
+from dist_dml.retrieval.embeddings import Embeddings
+
+_SHOWN_FROM_BYTES = 2**29
+"""Half a gigabyte takes some seconds to read."""
+
+
+@dataclass(frozen=True)
+class EmbeddingTable:
+    """What a file holds: row i of everything is one sample."""
+
+    embeddings: Embeddings
+    """Labels are numbered 0, 1, ... in the order of `label_values`; ids are those of the file where
+    they are integers, else numbers of their own."""
+    id_values: list[int] | list[str]
+    """Ids as written, or row numbers."""
+    label_values: list[int] | list[str]
+    """Labels as written, sorted, by label number."""
+    metadata: dict[str, list[Any]] = field(default_factory=dict)
+    """Other columns, by name; None where they are null."""
+    facts: dict[str, str] = field(default_factory=dict)
+    """What made the file, as it says; may be empty."""
+    has_ids: bool = True
+    """Whether the file has ids; else they are row numbers, and mean nothing in another file."""
+
+    def __len__(self) -> int:
+        return len(self.embeddings)
+
+    @property
+    def width(self) -> int:
+        """`D`."""
+        return self.embeddings.vectors.shape[1]
+
+    def label_of(self, row: int) -> int | str:
+        """The label of a row, as written."""
+        return self.label_values[int(self.embeddings.labels[row])]
+
+
+def read_embeddings(
+    path: str | Path,
+    columns: ColumnNames | None = None,
+    metadata: Sequence[str] | None = None,
+) -> EmbeddingTable:
+    """Read a Parquet file, or a folder of parts, into memory: `n * D * 4` bytes and the columns.
+
+    Rows are read in batches: beyond the result it holds a few megabytes. Pages that have checksums
+    are compared with them.
+
+    Args:
+        path: a file; or a folder: one of `dist-dml embed`, or any with `*.parquet` files.
+        columns: how the columns are called.
+        metadata: which other columns to read; all, if None. Columns of lists or bytes never are.
+
+    Raises:
+        UsageError: one line, before anything is computed: nothing there, no Parquet, no rows, a
+            column missing or of another type, nulls, NaN or infinity, different widths, an id
+            twice, a negative label, parts that differ, too little memory.
+    """
+    return _number(_read(Path(path), columns or ColumnNames(), metadata), None)[0]
+
+
+def read_pair(
+    queries: str | Path,
+    gallery: str | Path | None,
+    columns: ColumnNames | None = None,
+    metadata: Sequence[str] | None = None,
+) -> tuple[EmbeddingTable, EmbeddingTable | None]:
+    """Read queries and gallery, whose labels and ids are numbered together.
+
+    An id in both is the same sample, which no query finds as its own neighbour, and has the same
+    label in both. Where one of the files has no ids, no sample is in both. Both tables have all
+    labels of the two in `label_values`.
+
+    Args:
+        queries: see `read_embeddings`.
+        gallery: likewise; None: the queries are searched among themselves.
+        columns: how the columns are called, in both.
+        metadata: which other columns to read; those that one of the files lacks are left out there.
+
+    Raises:
+        UsageError: see `read_embeddings`; also for other widths, labels or ids of another type, an
+            id with two labels, numbers of different data sets, and one file as both.
+    """
+    names = columns or ColumnNames()
+    if gallery is None:
+        return read_embeddings(queries, names, metadata), None
+    if Path(queries).resolve() == Path(gallery).resolve():
+        raise UsageError(
+            f"{queries} is given as queries and as gallery; leave the gallery out to search the "
+            "queries among themselves, each without itself"
+        )
+    first = _read(Path(queries), names, metadata)
+    second = _read(Path(gallery), names, metadata)
+    widths = first.vectors.shape[1], second.vectors.shape[1]
+    if widths[0] != widths[1]:
+        raise UsageError(
+            f"{queries} has embeddings of width {widths[0]} and {gallery} of {widths[1]}; both "
+            "must come from the same model"
+        )
+    _check_one_data_set(first, second, names)
+    for what, one, other in (
+        ("labels", first.label_kind, second.label_kind),
+        ("ids", first.id_kind, second.id_kind),
+    ):
+        if one and other and one != other:
+            raise UsageError(
+                f"{what} are {one}s in {queries} and {other}s in {gallery}; write both alike, as "
+                "they are compared"
+            )
+    found, searched = _number(first, second)
+    assert searched is not None
+    _check_labels_of_common_ids(found, searched, (str(queries), str(gallery)))
+    return found, searched
+
+
+def metadata_names(path: str | Path, columns: ColumnNames | None = None) -> tuple[str, ...]:
+    """The columns that `read_embeddings` takes for metadata; reads footers alone.
+
+    Raises:
+        UsageError: see `read_embeddings`.
+    """
+    files, _ = _files(Path(path))
+    names = columns or ColumnNames()
+    return _check_alike([read_footer(file, names) for file in files], Path(path)).metadata
+
+
+def write_embeddings(
+    path: Path,
+    ids: Any,
+    labels: Any,
+    vectors: Float32[np.ndarray, "n D"],
+    metadata: Mapping[str, Any] | None = None,
+    dtype: Literal["float32", "float16"] = "float32",
+    facts: Mapping[str, str] | None = None,
+) -> None:
+    """Write a file that `read_embeddings` and others read: whole or not at all, with checksums.
+
+    Args:
+        path: of the file.
+        ids: a sequence or pyarrow array of integers or strings, no id twice.
+        labels: likewise, integers from 0, or strings.
+        vectors: finite.
+        metadata: further columns, as sequences or pyarrow arrays.
+        dtype: of the numbers in the file; float16 rounds to 11 bits.
+        facts: what made it, kept in the file's footer.
+
+    Raises:
+        UsageError: a number is beyond float16.
+    """
+    import pyarrow
+
+    with np.errstate(over="ignore"):
+        numbers = np.ascontiguousarray(vectors, dtype=np.dtype(dtype))
+    if dtype == "float16" and not np.isfinite(numbers).all():
+        raise UsageError(
+            f"an embedding holds {np.abs(vectors).max():g}, and float16 ends at 65504; write "
+            "float32"
+        )
+    lists = pyarrow.FixedSizeListArray.from_arrays(
+        pyarrow.array(numbers.reshape(-1)), vectors.shape[1]
+    )
+    table = pyarrow.table(
+        {
+            "id": pyarrow.array(ids),
+            "label": pyarrow.array(labels),
+            **(metadata or {}),
+            "embedding": lists,
+        }
+    )
+    write_parquet(path, table, facts or {})
+
+
+def _read(path: Path, names: ColumnNames, metadata: Sequence[str] | None) -> RawTable:
+    files, facts = _files(path)
+    footers = [read_footer(file, names) for file in files]
+    first = _check_alike(footers, path)
+    rows = sum(footer.rows for footer in footers)
+    chosen = [name for name in first.metadata if metadata is None or name in metadata]
+    _check_memory(path, rows, first.width)
+    vectors = np.empty((rows, first.width), dtype=np.float32)
+    is_long = vectors.nbytes >= _SHOWN_FROM_BYTES
+    progress = ProgressLine(f"read {path.name}", rows, "embeddings") if is_long else None
+    parts: list[dict[str, Any]] = []
+    done = 0
+    for footer in footers:
+        parts.append(read_columns(footer, names, chosen, vectors[done : done + footer.rows]))
+        done += footer.rows
+        if progress:
+            progress.advance(footer.rows)
+    if progress:
+        progress.finish()
+
+    return RawTable(
+        path=path,
+        vectors=vectors,
+        ids=join_columns(parts, first.id_column, first.id_kind, path) if first.id_column else None,
+        labels=join_columns(parts, names.label, first.label_kind, path),
+        metadata={
+            name: list(itertools.chain.from_iterable(_as_list(part[name]) for part in parts))
+            for name in chosen
+        },
+        facts=facts or first.facts,
+        id_kind=first.id_kind,
+        label_kind=first.label_kind,
+    )
+
+
+def _files(path: Path) -> tuple[list[Path], dict[str, str]]:
+    if path.is_dir():
+        return finished_parts(path)
+    if not path.exists():
+        raise UsageError(f"{path}: no such file or folder; name a Parquet file of embeddings")
+    return [path], {}
+
+
+def _check_alike(footers: Sequence[Footer], path: Path) -> Footer:
+    """The first file that has rows; all that have some are as it is."""
+    filled = [footer for footer in footers if footer.rows]
+    if not filled:
+        raise UsageError(f"{path} holds no embeddings: it has no rows")
+    first = filled[0]
+    for other in filled[1:]:
+        for name in ("width", "id_column", "id_kind", "label_kind", "metadata"):
+            one, its = getattr(first, name), getattr(other, name)
+            if one != its:
+                raise UsageError(
+                    f"{first.path} and {other.path.name} differ in {name.replace('_', ' ')}: "
+                    f"{one!s:.200} and {its!s:.200}; put files of one kind into a folder"
+                )
+    return first
+
+
+def _check_memory(path: Path, rows: int, width: int) -> None:
+    needed, free = rows * width * 4, psutil.virtual_memory().available
+    if needed > free:
+        raise UsageError(
+            f"{path} takes {needed / 2**30:.3g} GiB in memory ({rows} x {width} float32) and "
+            f"{free / 2**30:.3g} GiB are available; use a machine with more, or fewer samples"
+        )
+
+
+def _as_list(column: Any) -> list[Any]:
+    """Values of Python; equal texts are one object, as most metadata repeats itself."""
+    from pyarrow import types
+
+    if not (types.is_string(column.type) or types.is_large_string(column.type)):
+        return column.to_pylist()
+    encoded = column.dictionary_encode()
+    values = np.array([*encoded.dictionary.to_pylist(), None], dtype=object)
+    places = encoded.indices.fill_null(len(values) - 1).to_numpy()
+    return values[places].tolist()
+
+
+def _number(
+    first: RawTable, second: RawTable | None
+) -> tuple[EmbeddingTable, EmbeddingTable | None]:
+    """Labels and ids as int64, the same for the same."""
+    raws = [first] if second is None else [first, second]
+    values, labels = number_labels(raws)
+    ids = number_ids(raws)
+    tables = [
+        EmbeddingTable(
+            embeddings=Embeddings(raw.vectors, labels[i], ids[i]),
+            id_values=list(range(len(raw.vectors))) if raw.ids is None else raw.ids.to_pylist(),
+            label_values=values,
+            metadata=raw.metadata,
+            facts=raw.facts,
+            has_ids=raw.ids is not None,
+        )
+        for i, raw in enumerate(raws)
+    ]
+    return tables[0], (tables[1] if second is not None else None)
+
+
+def _check_one_data_set(queries: RawTable, gallery: RawTable, names: ColumnNames) -> None:
+    """Of `dist-dml embed`, ids are rows of an index and labels its classes: of that index alone."""
+    own = names.label == "label" or names.id in (None, "id")
+    prints = [raw.facts.get("fingerprint") for raw in (queries, gallery)]
+    if own and all(prints) and prints[0] != prints[1]:
+        raise UsageError(
+            f"{queries.path} and {gallery.path} were embedded from different data, whose ids and "
+            "labels are numbers of their own; compare names: --label-column class_name --id-column "
+            "key"
+        )
+
+
+def _check_labels_of_common_ids(
+    queries: EmbeddingTable, gallery: EmbeddingTable, paths: tuple[str, str]
+) -> None:
+    _, here, there = np.intersect1d(
+        queries.embeddings.ids, gallery.embeddings.ids, assume_unique=True, return_indices=True
+    )
+    differ = queries.embeddings.labels[here] != gallery.embeddings.labels[there]
+    if differ.any():
+        row, other = int(here[differ.argmax()]), int(there[differ.argmax()])
+        raise UsageError(
+            f"id {queries.id_values[row]!r:.80} has label {queries.label_of(row)!r:.80} in "
+            f"{paths[0]} and {gallery.label_of(other)!r:.80} in {paths[1]}; an id in both names "
+            "the same sample"
+        )
