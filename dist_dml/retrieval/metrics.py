@@ -36,6 +36,9 @@ class QueryScores:
     map_at_r: Float64[np.ndarray, " q"]
     has_match: Bool[np.ndarray, " q"]
     """Whether the gallery holds an item of the query's class, the query itself apart."""
+    first_hit_rank: Int64[np.ndarray, " q"]
+    """Rank of the nearest neighbour of the query's class, from 1; 0 where it is not known: behind
+    the neighbours that were searched, or there is none. `first_hits` finds the rest."""
 
     @staticmethod
     def concatenate(parts: Sequence[QueryScores]) -> QueryScores:
@@ -99,7 +102,35 @@ def score_queries(
         r_precision=hits_to_r.sum(axis=1) / divisor,
         map_at_r=(precision * hits_to_r).sum(axis=1) / divisor,
         has_match=relevant_counts > 0,
+        first_hit_rank=np.where(hits.any(axis=1), hits.argmax(axis=1) + 1, 0),
     )
+
+
+def reciprocal_ranks(scores: QueryScores) -> Float64[np.ndarray, " q"]:
+    """1 / rank of the first hit in the whole gallery; 0 for a query without a match.
+
+    Raises:
+        UsageError: if a first hit stands behind the searched neighbours and its rank is not known.
+    """
+    rank = scores.first_hit_rank
+    unknown = scores.has_match & (rank == 0)
+    if unknown.any():
+        raise UsageError(
+            f"the first hits of {unknown.sum()} queries stand behind the neighbours searched; let "
+            "first_hits.complete_first_hits find them first"
+        )
+    return np.where(scores.has_match, 1.0 / np.maximum(rank, 1), 0.0)
+
+
+def mean_reciprocal_rank(scores: QueryScores) -> float:
+    """Mean of `reciprocal_ranks` over the queries that can be answered.
+
+    Raises:
+        UsageError: as `reciprocal_ranks`.
+        RunError: if no query can be answered.
+    """
+    _check_answerable(scores)
+    return float(reciprocal_ranks(scores)[scores.has_match].mean())
 
 
 def macro_f1(truth: Int64[np.ndarray, " q"], prediction: Int64[np.ndarray, " q"]) -> float:
@@ -108,12 +139,19 @@ def macro_f1(truth: Int64[np.ndarray, " q"], prediction: Int64[np.ndarray, " q"]
     Equal to `sklearn.metrics.f1_score(..., labels=np.unique(truth), average="macro")`. A class that
     is predicted but never true has no F1 of its own; it lowers the recall of the true ones.
     """
+    return float(np.mean(class_f1(truth, prediction)))
+
+
+def class_f1(
+    truth: Int64[np.ndarray, " q"], prediction: Int64[np.ndarray, " q"]
+) -> Float64[np.ndarray, " c"]:
+    """F1 of each class that occurs in `truth`, in the order of the classes."""
     classes, position = np.unique(truth, return_inverse=True)
     true = np.bincount(position, minlength=len(classes))
     correct = np.bincount(position[truth == prediction], minlength=len(classes))
     place = np.searchsorted(classes, prediction).clip(max=len(classes) - 1)
     predicted = np.bincount(place[classes[place] == prediction], minlength=len(classes))
-    return float(np.mean(2 * correct / (true + predicted)))
+    return 2 * correct / (true + predicted)
 
 
 def score_names(recall_at: Sequence[int]) -> list[str]:
@@ -132,12 +170,8 @@ def summarise(scores: QueryScores) -> dict[str, float]:
     Raises:
         RunError: if no query has a relevant gallery item.
     """
+    _check_answerable(scores)
     kept = scores.has_match
-    if not kept.any():
-        raise RunError(
-            f"none of {len(kept)} queries has another image of its class in the gallery, so there "
-            "is nothing to score; check the labels of evaluation.protocols' query and gallery"
-        )
     recalls = scores.recall_hits[kept].mean(axis=0)
     return {
         **{f"recall_at_{k}": float(v) for k, v in zip(scores.recall_at, recalls, strict=True)},
@@ -148,3 +182,12 @@ def summarise(scores: QueryScores) -> dict[str, float]:
         "num_queries": float(len(kept)),
         "num_queries_without_match": float((~kept).sum()),
     }
+
+
+def _check_answerable(scores: QueryScores) -> None:
+    kept = scores.has_match
+    if not kept.any():
+        raise RunError(
+            f"none of {len(kept)} queries has another image of its class in the gallery, so there "
+            "is nothing to score; check the labels of evaluation.protocols' query and gallery"
+        )
