@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
@@ -138,6 +138,31 @@ def image_batches(
             done = step * batch_size
             counts = tuple(min(max(size - done, 0), batch_size) for size in sizes)
             yield _request(index, ids[positions], positions, counts, step, 0)
+
+    reader = open_reader(index, config.image.channels, config.storage)
+    made = _made(BatchMaker(reader, config, None, False), config, requests)
+    return _without_faults(index, made)
+
+
+def part_batches(
+    index: Index, parts: Sequence[Int[np.ndarray, " _"]], config: DataConfig, batch_size: int
+) -> Iterator[Batch]:
+    """As `image_batches`, of several lists of samples, one after the other; no batch spans two.
+
+    A list is cut into the same batches wherever it stands, so that what a network makes of it does
+    not depend on who else works. Loader processes work ahead across the lists' ends. A batch's
+    `step` is the position of its list in `parts`, and `micro` counts the batches in it.
+
+    Raises:
+        RunError: the storage failed, or a loader process died.
+    """
+
+    def requests() -> Iterator[Request]:
+        for step, ids in enumerate(parts):
+            for micro, start in enumerate(range(0, len(ids), batch_size)):
+                positions = np.arange(start, min(start + batch_size, len(ids)))
+                counts = (len(positions),)
+                yield _request(index, ids[positions], positions, counts, step, micro)
 
     reader = open_reader(index, config.image.channels, config.storage)
     made = _made(BatchMaker(reader, config, None, False), config, requests)
