@@ -36,7 +36,11 @@ COLUMN_NAMES = {
     "r_precision": "R-precision",
     "map_at_r": "MAP@R",
     "f1_at_1": "F1@1",
+    "mean_reciprocal_rank": "MRR",
     "nmi": "NMI",
+    "ami": "AMI",
+    "tar_at_far_0.001": "TAR@FAR=1e-3",
+    "equal_error_rate": "EER",
     # How alike a top-k variant ranks to the full metric.
     "rank_overlap_at_10": "overlap@10",
     "rank_spearman_at_100": "Spearman@100",
@@ -54,6 +58,8 @@ class GalleryRows:
     """Rows of the gallery (m, k), nearest first; -1 where there is none."""
     hits: np.ndarray
     """Whether each neighbour has the query's class (m, k)."""
+    values: np.ndarray
+    """What the distance says of each (m, k), as `ranking.nearest` gives it."""
 
 
 def choose_rows(
@@ -84,7 +90,9 @@ def choose_rows(
     hardest = order[~hits[order, 0]][: num_rows // 2]
     others = np.setdiff1d(np.arange(len(candidates)), hardest)  # sorted, hence in drawn order
     chosen = np.concatenate([hardest, others[: num_rows - len(hardest)]])
-    return GalleryRows(candidates[chosen], len(hardest), indices[chosen], hits[chosen])
+    return GalleryRows(
+        candidates[chosen], len(hardest), indices[chosen], hits[chosen], distances[chosen]
+    )
 
 
 def retrieval_gallery(
@@ -97,6 +105,7 @@ def retrieval_gallery(
     num_neighbours: int = 8,
     seed: int = 0,
     title: str = "Retrieval",
+    rows: GalleryRows | None = None,
 ) -> Figure:
     """Queries and their nearest images: thick green frames are hits, thin red ones misses.
 
@@ -110,13 +119,15 @@ def retrieval_gallery(
         num_neighbours: images beside each query.
         seed: of the random rows.
         title: headline.
+        rows: of `choose_rows` with these numbers, where they are known; they cost a search.
 
     Raises:
         UsageError: if no query has an image of its class in the gallery.
     """
     from matplotlib.figure import Figure
 
-    rows = choose_rows(queries, gallery, distance, num_rows, num_neighbours, seed)
+    if rows is None:
+        rows = choose_rows(queries, gallery, distance, num_rows, num_neighbours, seed)
     if len(rows.queries) == 0:
         raise UsageError("no query has an image of its class in the gallery: nothing to show")
     searched = queries if gallery is None else gallery
