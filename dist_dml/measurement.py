@@ -14,12 +14,13 @@ import psutil
 import torch
 from torch import Tensor
 
-from dist_dml.config import Config, ProtocolConfig
+from dist_dml.config import Config
 from dist_dml.data.index import Index
 from dist_dml.data.loader import evaluation_batches
 from dist_dml.data.plan import row_counts, worker_slice
 from dist_dml.engine import autocast
 from dist_dml.errors import RunError, UsageError
+from dist_dml.evaluation_config import ProtocolConfig
 from dist_dml.losses.metric_space import MetricLoss
 from dist_dml.metric_parameters import parse_metric
 from dist_dml.models.embedder import Embedder
@@ -32,12 +33,15 @@ from dist_dml.parallel.classifier import ClassParallelClassifier
 from dist_dml.parallel.collectives import gather_objects, gather_uneven
 from dist_dml.parallel.world import World
 from dist_dml.retrieval.certificates import Certificate, certify
-from dist_dml.retrieval.clustering import cluster_nmi
 from dist_dml.retrieval.distances import Distance, named_distance
 from dist_dml.retrieval.embeddings import Embeddings
+from dist_dml.retrieval.first_hits import complete_first_hits
+from dist_dml.retrieval.full_scores import ScoreOptions, scores_of_queries
+from dist_dml.retrieval.gallery_search import SearchSettings
 from dist_dml.retrieval.metrics import QueryScores, score_names, summarise
 from dist_dml.retrieval.protocol import score_slice
 from dist_dml.retrieval.ranking import top_agreement
+from dist_dml.retrieval.verification import Verification
 
 Embed = Callable[[Tensor], Tensor]
 _AGREEMENT_QUERIES = 512
@@ -63,6 +67,10 @@ class Measurement:
     certificates: dict[str, Certificate] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
     """Damaged images of each split, which no score counts."""
+    query_scores: dict[tuple[str, str], QueryScores] = field(default_factory=dict)
+    """Of every query, in the order of its split's vectors, by protocol and distance."""
+    verifications: dict[tuple[str, str], Verification] = field(default_factory=dict)
+    """Thresholds on pairs, likewise, where they were measured: on the first worker, with `nmi`."""
 
     def of(self, split: str, distance: Distance) -> Embeddings:
         """The vectors of a split that a distance compares."""
@@ -118,12 +126,19 @@ def embed_split(embed: Embed, index: Index, split: str, config: Config, world: W
     return Embeddings(vectors.numpy()[kept], index.class_id[ids], ids)
 
 
+def search_settings(config: Config, world: World) -> SearchSettings:
+    """How this worker searches."""
+    memory_bytes = config.evaluation.search_mebibytes * 2**20
+    return SearchSettings(config.evaluation.search_backend, memory_bytes, world.device)
+
+
 def measure_model(
     model: Model, index: Index, config: Config, world: World, nmi: bool
 ) -> Measurement:
     """All scores of all protocols and distances, and the certificates.
 
-    The queries are divided among the workers; k-means runs on worker 0 alone. Distances between
+    The queries are divided among the workers. With `nmi`, also what costs a pass of its own: the
+    mean reciprocal rank, and on worker 0 alone NMI and AMI and verification. Distances between
     class probabilities are left out for a model without a classifier.
     """
     found = Measurement()
@@ -140,6 +155,7 @@ def measure_model(
         return found.vectors[key]
 
     distances = [named_distance(text) for text in config.evaluation.distances]
+    settings = search_settings(config, world)
     for protocol in config.evaluation.protocols:
         for distance in distances:
             if distance.space != "embedding" and model.classifier is None:
@@ -147,15 +163,25 @@ def measure_model(
             queries = vectors_of(protocol.query, distance)
             gallery = vectors_of(protocol.gallery, distance) if protocol.gallery else None
             mine = worker_slice(len(queries), world.rank, world.size)
-            part = score_slice(queries, gallery, mine, distance, config.evaluation.recall_at)
+            part = score_slice(
+                queries, gallery, mine, distance, config.evaluation.recall_at, settings
+            )
+            if nmi:
+                searched = queries if gallery is None else gallery
+                part = complete_first_hits(part, queries.rows(mine), searched, distance)
             every = QueryScores.concatenate(gather_objects(part, world.group))
-            summary = summarise(every)
-            if nmi and world.is_first and distance.has_nmi:
-                labels = queries.labels
-                summary["nmi"] = cluster_nmi(queries.vectors, labels, distance, config.run.seed)
-            if nmi and world.is_first:
-                summary |= _agreement(found, protocol, distance, distances)
+            found.query_scores[protocol.name, distance.name] = every
             prefix = f"{protocol.name}/{distance.name}"
+            if nmi and world.is_first:
+                recall_at, seed = config.evaluation.recall_at, config.run.seed
+                # Intervals are the report's: they follow from `query_scores`.
+                options = ScoreOptions(recall_at, nmi=True, seed=seed, resamples=0)
+                full = scores_of_queries(every, queries, gallery, distance, options)
+                summary = full.scores | _agreement(found, protocol, distance, distances)
+                if full.verification is not None:
+                    found.verifications[protocol.name, distance.name] = full.verification
+            else:
+                summary = summarise(every)
             found.scores.update({f"{prefix}/{key}": value for key, value in summary.items()})
     if model.classifier is not None:
         for text in config.evaluation.certificates:

@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_dml.config import ProtocolConfig
 from dist_dml.config_loading import resolve
 from dist_dml.data.index import Index
 from dist_dml.errors import RunError, UsageError
+from dist_dml.evaluation_config import ProtocolConfig
 from dist_dml.protocol_folds import (
     Fold,
     check_data,

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from dist_dml.config import Config, ProtocolConfig
+from dist_dml.config import Config
 from dist_dml.config_loading import differences, resolve
 from dist_dml.data.folds import VALIDATION, fold_of
 from dist_dml.data.index import Index
 from dist_dml.data.opening import open_index
 from dist_dml.errors import UsageError
+from dist_dml.evaluation_config import ProtocolConfig
 from dist_dml.measurement import check_evaluation
 from dist_dml.retrieval.distances import named_distance
 from dist_dml.tracking.run_files import CONFIG, read_json

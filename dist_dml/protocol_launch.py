@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from dist_dml.config import Config, ProtocolConfig
+from dist_dml.config import Config
 from dist_dml.errors import UsageError
+from dist_dml.evaluation_config import ProtocolConfig
 from dist_dml.protocol_folds import Fold
 from dist_dml.protocol_guard import GRACE_SECONDS
 from dist_dml.protocol_jobs import Stage

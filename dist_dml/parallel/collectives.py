@@ -147,6 +147,30 @@ def merge_over_workers(
     return merged.transpose(0, 1).flatten(1)[:, :rows].contiguous()
 
 
+def return_rows(
+    values: Shaped[Tensor, "R *rest"], row_counts: tuple[int, ...], group: ProcessGroup | None
+) -> Shaped[Tensor, "W r *rest"]:
+    """What every worker, in worker order, has to say of this worker's rows; no gradient.
+
+    The way back of `gather_uneven`: each worker has computed something for the rows of all.
+    Costs one all-to-all, padded to the largest count.
+
+    Args:
+        values: of this worker, for the rows of all workers in worker order.
+        row_counts: rows of every worker.
+        group: the workers, or None for one process.
+    """
+    if group is None or group.size() == 1:
+        return values[None]
+    workers, largest = group.size(), max(row_counts)
+    padded = values.new_zeros(workers, largest, *values.shape[1:])
+    for worker, part in enumerate(values.split(list(row_counts))):
+        padded[worker, : len(part)] = part
+    received = torch.empty_like(padded)
+    dist.all_to_all_single(received, padded, group=group)
+    return received[:, : row_counts[group.rank()]]
+
+
 def gather_objects(value: Any, group: ProcessGroup | None) -> list[Any]:
     """Every worker's small Python value, in worker order (pickled among our own workers only)."""
     if group is None or group.size() == 1:

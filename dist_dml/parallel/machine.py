@@ -286,7 +286,7 @@ def _of_cores(machine: Machine, cores: int) -> Machine:
     """A generic CPU with so many cores, and this processor's caches and bfloat16 units."""
     factor = cores / machine.cores
     near, far = core_cache_bytes(2), core_cache_bytes(3)
-    flags = _cpu_flags()
+    flags = cpu_flags()
     plain = machine.gemm["float32"] * factor * (2 if "avx512f" in flags else 1)
     # Thin products reach a quarter of what AMX's tiles do beyond AVX-512 (16 times).
     gains = {"amx_bf16": 4.0, "avx512_bf16": 1.5}
@@ -328,7 +328,7 @@ def core_cache_bytes(level: int) -> int:
     return found if found > 0 else usual
 
 
-def _cpu_flags() -> frozenset[str]:
+def cpu_flags() -> frozenset[str]:
     """The processor's features, as Linux names them; empty elsewhere."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")

@@ -35,17 +35,19 @@ _FLAGS = (
     *("-w", "-Wno-psabi"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
 )
+# Values of neighbours are the same bits wherever they are computed: see exact_values.hpp.
+_OWN_FLAGS = {"neighbours": ("-ffp-contract=off",)}
 
 
-def load_library() -> ctypes.CDLL | str:
-    """The compiled kernels, or in words why there are none."""
+def load_library(source: str = "sweeps") -> ctypes.CDLL | str:
+    """The compiled kernels of `native/SOURCE.cpp`, or in words why there are none."""
     if os.environ.get("DIST_DML_NATIVE") == "0":
         return "the environment says DIST_DML_NATIVE=0"
     compiler = find_compiler()
     if compiler is None:
         return "no C++ compiler: none of $CXX, g++, c++, clang++ is on the PATH"
     # What the build depends on, so that a changed environment is looked at anew.
-    return _load(tuple(compiler), cache_folder())
+    return _load(source, tuple(compiler), cache_folder())
 
 
 def find_compiler() -> list[str] | None:
@@ -67,24 +69,24 @@ def cache_folder() -> Path:
 
 
 @functools.cache
-def _load(compiler: tuple[str, ...], folder: Path) -> ctypes.CDLL | str:
-    command = [*compiler, *_FLAGS, *_torch_flags()]
+def _load(source: str, compiler: tuple[str, ...], folder: Path) -> ctypes.CDLL | str:
+    command = [*compiler, *_FLAGS, *_OWN_FLAGS.get(source, ()), *_torch_flags()]
     try:
-        name = f"sweeps-{_key(command)}.so"
+        name = f"{source}-{_key(command)}.so"
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             with _one_at_a_time(folder / f"{name}.lock"):
-                return _build_and_open(command, folder / name)
+                return _build_and_open(source, command, folder / name)
         except OSError:
             # Read-only or full: the library serves this process only. A fixed name under /tmp could
             # be anyone's.
             with tempfile.TemporaryDirectory(prefix="dist_dml-") as own:
-                return _build_and_open(command, Path(own) / name)
+                return _build_and_open(source, command, Path(own) / name)
     except (OSError, subprocess.SubprocessError) as error:
         return f"the kernels did not compile ({shlex.join(compiler)}): {_last_words(error)}"
 
 
-def _build_and_open(command: list[str], library: Path) -> ctypes.CDLL:
+def _build_and_open(source: str, command: list[str], library: Path) -> ctypes.CDLL:
     if library.exists():
         # A library that does not open (a torch of the same version with another ABI, a damaged
         # disk) is made again.
@@ -93,7 +95,7 @@ def _build_and_open(command: list[str], library: Path) -> ctypes.CDLL:
     own = library.with_suffix(f".{os.getpid()}.tmp")
     try:
         subprocess.run(
-            [*command, str(SOURCES / "sweeps.cpp"), *_libraries(), "-o", str(own)],
+            [*command, str(SOURCES / f"{source}.cpp"), *_libraries(), "-o", str(own)],
             check=True,
             capture_output=True,
             text=True,

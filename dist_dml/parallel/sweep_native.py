@@ -33,57 +33,43 @@ from dist_dml.parallel.class_sweeps import (
     UpdateTarget,
 )
 from dist_dml.parallel.native_build import load_library
+from dist_dml.parallel.native_calls import (
+    NativeStructure,
+    native_address,
+    native_call,
+    native_fields,
+)
 
-_MESSAGE_BYTES = 1024
 _KINDS = {"sgd": 0, "adam": 1, "adamw": 2, "adagrad": 3}
 _ROUNDINGS = {"nearest": 0, "stochastic": 1, "kahan": 2}
 _SPLIT = 2  # `operand` of float32 as two bfloat16, beside those of `_DTYPES`.
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
-class _Structure(ctypes.Structure):
-    """Names and types are those of the struct of the same name in `native/problem.hpp`."""
-
-
-def _fields(names: str) -> list[tuple[str, type]]:
-    """`*name` is a pointer, `.name` a double, `name` a 64-bit integer."""
-    kinds: dict[str, type] = {"*": ctypes.c_void_p, ".": ctypes.c_double}
-    return [(name.lstrip("*."), kinds.get(name[0], ctypes.c_int64)) for name in names.split()]
-
-
-class _Problem(_Structure):
-    _fields_: ClassVar = _fields(
+class _Problem(NativeStructure):
+    _fields_: ClassVar = native_fields(
         "*rows num_rows num_features *columns *weight *bias *active num_classes .scale "
         ".filter_below weight_is_half operand tile_classes row_chunk num_threads "
         "cache_bytes"
     )
 
 
-class _ForwardResult(_Structure):
-    _fields_: ClassVar = _fields("*label *rival *mass *gap *pull *kept with_gap")
+class _ForwardResult(NativeStructure):
+    _fields_: ClassVar = native_fields("*label *rival *mass *gap *pull *kept with_gap")
 
 
-class _Update(_Structure):
-    _fields_: ClassVar = _fields(
+class _Update(NativeStructure):
+    _fields_: ClassVar = native_fields(
         "kind .learning_rate .weight_decay .momentum .beta .beta_square .epsilon .clip_norm "
         "nesterov step rounding seed first_class *moment *square *compensation moment_is_half"
     )
 
 
-class _BackwardTask(_Structure):
-    _fields_: ClassVar = _fields(
+class _BackwardTask(NativeStructure):
+    _fields_: ClassVar = native_fields(
         "*normaliser *factor *offset *label *kept *bias_gradient *gradient accumulate *update "
         "*filtered_classes *filtered_mass"
     )
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    """Of the first number; the caller keeps the tensor alive."""
-    if tensor is None:
-        return None
-    assert tensor.device.type == "cpu", f"the CPU kernels got a tensor on {tensor.device}"
-    assert tensor.is_contiguous(), f"the CPU kernels got a strided tensor of {tensor.shape}"
-    return tensor.data_ptr()
 
 
 @dataclass(frozen=True)
@@ -110,10 +96,9 @@ class NativeBackend:
         """
         if operand_dtype not in _DTYPES:
             return f"the CPU kernels know float32 and bfloat16 operands, not {operand_dtype}"
-        message = ctypes.create_string_buffer(_MESSAGE_BYTES)
-        half = ctypes.c_int64(_DTYPES[operand_dtype])
-        if self.library.dist_dml_try_product(half, message, ctypes.c_int64(_MESSAGE_BYTES)):
-            return f"no products of {operand_dtype} on this processor: {_text(message)}"
+        trouble = native_call(self.library, "dist_dml_try_product", _DTYPES[operand_dtype])
+        if trouble:
+            return f"no products of {operand_dtype} on this processor: {trouble}"
         return ""
 
     def forward(
@@ -134,7 +119,7 @@ class NativeBackend:
             self.library.dist_dml_kept_size.restype = ctypes.c_int64
             kept = torch.empty(self.library.dist_dml_kept_size(ctypes.byref(problem)))
         result = _ForwardResult(
-            *(_address(part) for part in (label, rival, mass, gap, pull, kept)), with_gap
+            *(native_address(part) for part in (label, rival, mass, gap, pull, kept)), with_gap
         )
         self._call("dist_dml_forward", problem, result)
         del alive
@@ -164,10 +149,10 @@ class NativeBackend:
         if isinstance(target, UpdateTarget) and bool(target.apply):
             update = _update_of(target, classes.weight)
         task = _BackwardTask(
-            *(_address(part) for part in parts),
-            _address(kept),
-            _address(bias_gradient) if wanted else None,
-            _address(gradient),
+            *(native_address(part) for part in parts),
+            native_address(kept),
+            native_address(bias_gradient) if wanted else None,
+            native_address(gradient),
             accumulate,
             None if update is None else ctypes.addressof(update),
             ctypes.addressof(filtered),
@@ -185,13 +170,13 @@ class NativeBackend:
         assert columns.dtype == torch.int64, f"the CPU kernels got columns of {columns.dtype}"
         alive = [rows.detach().contiguous(), columns.contiguous(), classes.weight.detach()]
         problem = _Problem(
-            rows=_address(alive[0]),
+            rows=native_address(alive[0]),
             num_rows=rows.shape[0],
             num_features=rows.shape[1],
-            columns=_address(alive[1]),
-            weight=_address(alive[2]),
-            bias=_address(classes.bias),
-            active=_address(classes.active),
+            columns=native_address(alive[1]),
+            weight=native_address(alive[2]),
+            bias=native_address(classes.bias),
+            active=native_address(classes.active),
             num_classes=classes.num_classes,
             scale=classes.scale or 0.0,
             filter_below=classes.filter_below,
@@ -204,18 +189,9 @@ class NativeBackend:
         )
         return problem, alive
 
-    def _call(self, name: str, problem: _Problem, argument: _Structure) -> None:
-        """Runs a function of the library, without holding the interpreter's lock."""
-        message = ctypes.create_string_buffer(_MESSAGE_BYTES)
-        function = getattr(self.library, name)
-        size = ctypes.c_int64(_MESSAGE_BYTES)
-        if function(ctypes.byref(problem), ctypes.byref(argument), message, size):
-            raise RunError(f"the CPU kernels failed in {name}: {_text(message)}")
-
-
-def _text(message: ctypes.Array[ctypes.c_char]) -> str:
-    """One line."""
-    return " ".join(message.value.decode(errors="replace").split())
+    def _call(self, name: str, problem: _Problem, argument: NativeStructure) -> None:
+        if trouble := native_call(self.library, name, problem, argument):
+            raise RunError(f"the CPU kernels failed in {name}: {trouble}")
 
 
 def _update_of(target: UpdateTarget, weight: Tensor) -> _Update:
@@ -240,9 +216,9 @@ def _update_of(target: UpdateTarget, weight: Tensor) -> _Update:
         rounding=_ROUNDINGS[step.rounding],
         seed=step.seed & 0xFFFFFFFF,
         first_class=step.first_class,
-        moment=_address(moment),
-        square=_address(square),
-        compensation=_address(compensation),
+        moment=native_address(moment),
+        square=native_address(square),
+        compensation=native_address(compensation),
         moment_is_half=moment is not None and _DTYPES[moment.dtype],
     )
 

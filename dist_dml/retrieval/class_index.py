@@ -22,7 +22,8 @@ from torch import Tensor
 
 from dist_dml.errors import UsageError
 from dist_dml.parallel.class_sweeps import SMALLEST_NORM
-from dist_dml.retrieval.neighbours import NO_NEIGHBOUR, faiss_with_worker_threads
+from dist_dml.retrieval.faiss_threads import faiss_with_worker_threads
+from dist_dml.retrieval.neighbours import NO_NEIGHBOUR
 
 # Up to here an exact search costs less than is worth approximating: 256 labels of 65,536 classes at
 # D = 128 took 0.1 s against 0.03 s from an index (one thread, AVX-512, November 2026). On a GPU an

@@ -9,23 +9,27 @@ Dimensions: `q` queries, `g` gallery items, embeddings of width `D`.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Float32, Float64, Int64
+from torch import Tensor
 
 from dist_dml.errors import UsageError
 from dist_dml.retrieval.class_pairs import class_pairs, pair_values
 from dist_dml.retrieval.distances import Distance
 from dist_dml.retrieval.embeddings import Embeddings
+from dist_dml.retrieval.exact_values import as_tensor
 from dist_dml.retrieval.metrics import QueryScores
-from dist_dml.retrieval.probability_distances import as_tensor
+from dist_dml.retrieval.probability_neighbours import own_positions
 from dist_dml.retrieval.ranking import nearest_blocks
 
 _TILE_ROWS = 512
 _TILE_COLUMNS = 4096
 _SEARCHED_AT_A_TIME = 64
+_MOST_UNSURE = 0.01
+_LARGEST = 1e37  # Sums of squares near it overflow in float32.
 
 
 def complete_first_hits(
@@ -34,7 +38,7 @@ def complete_first_hits(
     """`scores` with `first_hit_rank` of every query that has a match.
 
     Only queries whose first hit stands behind the searched neighbours cost anything: by cosine and
-    l2 2*g*D operations in float64 each, in tiles of 16 MiB; by distances of class probabilities one
+    l2 2*g*D operations each, in tiles of 8 MiB; by distances of class probabilities one
     search of the whole gallery. The rank of an item is 1 + the number of items nearer, and of
     items of the same value with a smaller id; the query's own item has none. The same for any
     slices of the queries.
@@ -94,27 +98,87 @@ def _counted_ranks(
         query, first = np.unique(rows[order], return_index=True)
         nearest[query] = far[order][first]
         smallest_id[query] = gallery.ids[columns][order][first]
+    own = own_positions(queries.ids, gallery.ids)
+    assert own is not None  # Both have ids.
+    lengths = _squared_lengths(left), _squared_lengths(right)
     ranks = np.ones(len(queries), dtype=np.int64)
-    right_lengths = _squared_lengths(right)
     for start in range(0, len(queries), _TILE_ROWS):
         rows = slice(start, min(start + _TILE_ROWS, len(queries)))
-        a, lengths = as_tensor(left[rows]).double(), _squared_lengths(left[rows])
-        limit = torch.from_numpy(nearest[rows, None])
         for first in range(0, len(gallery), _TILE_COLUMNS):
             columns = slice(first, min(first + _TILE_COLUMNS, len(gallery)))
-            far = a @ as_tensor(right[columns]).double().T
-            both = lengths[:, None] + right_lengths[None, columns]
-            far = both - 2 * far if not distance.larger_is_nearer else -far
-            # Rounding of a float64 sum: values within it are the same, such as those of duplicates.
-            slack = (a.shape[1] + 8) * 2.0**-51 * both
-            nearer = far < limit - slack
-            tied = (far <= limit + slack) & ~nearer
-            smaller = gallery.ids[columns][None, :] < smallest_id[rows, None]
-            other = gallery.labels[columns][None, :] != queries.labels[rows, None]
-            counted = nearer | (tied & torch.from_numpy(smaller))
-            ranks[rows] += (counted & torch.from_numpy(other)).sum(dim=1).numpy()
+            tile = _Tile(
+                left=as_tensor(left[rows]),
+                right=as_tensor(right[columns]),
+                left_lengths=lengths[0][rows],
+                right_lengths=lengths[1][columns],
+                nearest=torch.from_numpy(nearest[rows]),
+                own=torch.from_numpy(own[rows] - first),
+                cosine=distance.larger_is_nearer,
+            )
+            certain, row, column = tile.nearer_and_unsure()
+            ranks[rows] += certain
+            # Items of the query's class are never nearer, and those as near do not count.
+            item = first + column
+            other = gallery.labels[item] != queries.labels[start + row]
+            row, item = row[other], item[other]
+            far = sign * pair_values(left, right, start + row, item, distance)
+            limit = nearest[start + row]
+            slack = tile.rounding * (lengths[0][start + row] + lengths[1][item]).numpy()
+            smaller = gallery.ids[item] < smallest_id[start + row]
+            ahead = (far < limit - slack) | ((far <= limit + slack) & smaller)
+            ranks[rows] += np.bincount(row[ahead], minlength=rows.stop - start)
     return ranks
 
 
-def _squared_lengths(vectors: np.ndarray) -> Float64[torch.Tensor, " n"]:
+@dataclass(frozen=True)
+class _Tile:
+    """Some queries and some gallery items: which are nearer than each query's nearest own item."""
+
+    left: Float32[Tensor, "b D"]
+    right: Float32[Tensor, "c D"]
+    left_lengths: Float64[Tensor, " b"]
+    """Squared, as the next."""
+    right_lengths: Float64[Tensor, " c"]
+    nearest: Float64[Tensor, " b"]
+    own: Int64[Tensor, " b"]
+    """Column of the query itself; outside the tile where it is not in it."""
+    cosine: bool
+
+    @property
+    def rounding(self) -> float:
+        """Of a value in float64, beside the sum of the squared lengths."""
+        return (self.left.shape[1] + 8) * 2.0**-51
+
+    def nearer_and_unsure(
+        self,
+    ) -> tuple[Int64[np.ndarray, " b"], Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+        """How many items are nearer for certain, and the (query, item) that are not certain.
+
+        In float32, whose error is bounded; in float64 if that leaves too many unsure.
+        """
+        certain, unsure = self._compared(self.left, self.right, 2.0**-23)
+        largest = float(self.left_lengths.max() + self.right_lengths.max())
+        if largest > _LARGEST or int(unsure.sum()) > _MOST_UNSURE * unsure.numel():
+            certain, unsure = self._compared(self.left.double(), self.right.double(), 2.0**-51)
+        row, column = unsure.nonzero().unbind(1)
+        return certain.sum(dim=1).numpy(), row.numpy(), column.numpy()
+
+    def _compared(self, left: Tensor, right: Tensor, unit: float) -> tuple[Tensor, Tensor]:
+        far = left @ right.T
+        if self.cosine:
+            far.neg_()
+        else:
+            both = self.left_lengths[:, None] + self.right_lengths[None]
+            far = far.mul_(-2).add_(both)
+        inside = torch.nonzero((self.own >= 0) & (self.own < far.shape[1]))[:, 0]
+        far[inside, self.own[inside]] = torch.inf
+        # At most D + 8 roundings, each of a number up to the sum of the two squared lengths.
+        lengths = self.left_lengths + self.right_lengths.max()
+        slack = (left.shape[1] + 8) * unit * lengths
+        least, most = ((self.nearest + way * slack).to(far.dtype)[:, None] for way in (-1, 1))
+        certain = far < least
+        return certain, (far <= most) & ~certain
+
+
+def _squared_lengths(vectors: np.ndarray) -> Float64[Tensor, " n"]:
     return torch.from_numpy(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))

@@ -1,4 +1,4 @@
-"""Exact nearest neighbours by FAISS, in blocks of queries of one fixed shape.
+"""Exact nearest neighbours by cosine or Euclidean distance, block by block of queries.
 
 Dimensions: `q` queries, `g` gallery items, embeddings of width `D`, `k` neighbours.
 """
@@ -6,38 +6,22 @@ Dimensions: `q` queries, `g` gallery items, embeddings of width `D`, `k` neighbo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import ModuleType
 
 import numpy as np
-import torch
 from jaxtyping import Float32, Int64
 
 from dist_dml.errors import UsageError
 from dist_dml.retrieval.distances import Distance
+from dist_dml.retrieval.gallery_search import DEFAULT, SearchSettings, open_gallery
 
 NO_NEIGHBOUR = -1
+_MOST_ROWS = 8192
 
 
-def faiss_with_worker_threads() -> ModuleType:
-    """FAISS, limited to the CPU threads that this worker was given.
-
-    FAISS has an OpenMP pool of its own that takes every core unless told otherwise; with several
-    workers on a machine they would crowd each other out. The worker's share is what torch was told.
-    """
-    import faiss
-
-    faiss.omp_set_num_threads(torch.get_num_threads())
-    return faiss
-
-
-def block_rows(width: int) -> int:
-    """Queries in one FAISS call: 512 to 4096, a function of the embedding width `D` alone.
-
-    FAISS multiplies a block with 1024 gallery rows at a time. Below about 1.2e8 multiplications a
-    product, the OpenBLAS of faiss-cpu 1.15.1 takes a path 7 times slower (14 against 100 GFLOP/s at
-    D = 128, one thread of an AVX-512 machine, November 2026); this stays a factor of two above.
-    """
-    return min(4096, max(512, 2**18 // width))
+def block_rows(k: int, memory_bytes: int = DEFAULT.memory_bytes) -> int:
+    """Queries that are answered at a time: up to 8192, fewer for many neighbours."""
+    # Positions, values and ids, sorted: about 80 bytes for each neighbour.
+    return max(64, min(_MOST_ROWS, memory_bytes // 4 // (80 * k)))
 
 
 def exact_neighbours(
@@ -47,12 +31,14 @@ def exact_neighbours(
     distance: Distance,
     query_ids: Int64[np.ndarray, " q"] | None = None,
     gallery_ids: Int64[np.ndarray, " g"] | None = None,
+    settings: SearchSettings = DEFAULT,
 ) -> tuple[Int64[np.ndarray, "q k"], Float32[np.ndarray, "q k"]]:
     """The `k` gallery items nearest to each query, nearest first.
 
-    Equal to sorting each row of the dense (q, g) matrix of distances, up to float32 rounding: items
-    whose distances differ by less than that (exact ties among them) come in any order, but always
-    in the same one. Costs 2*q*g*D operations.
+    Equal to sorting each row of the dense (q, g) matrix of float64 values (`exact_values.py`) of
+    the prepared float32 vectors; equal values are in the order of the ids, or of the gallery where
+    none are given. The same bits for every backend, device, memory and number of threads. Costs
+    2*q*g*D operations of low precision, and little more.
 
     Args:
         queries: embeddings as the model made them; `distance` prepares them.
@@ -62,18 +48,20 @@ def exact_neighbours(
         query_ids: with `gallery_ids`, no query finds the gallery item of its own id. Dropping the
             first neighbour instead would drop a duplicate of the query, or keep the query itself.
         gallery_ids: no id twice.
+        settings: who searches, in how much memory.
 
     Returns:
-        Gallery positions, and distances as FAISS gives them (cosine, or squared l2). Where fewer
-        than `k` items remain, -1 and the farthest distance.
+        Gallery positions, and values rounded to float32 (cosine, or squared l2). Where fewer than
+        `k` items remain, -1 and the farthest value.
 
     Raises:
-        UsageError: if shapes do not fit, only one kind of ids is given, or gallery ids repeat, or
-            FAISS does not search by this distance.
+        UsageError: if shapes do not fit, only one kind of ids is given, gallery ids repeat, the
+            distance is not one of embeddings, or the backend cannot be had.
     """
     indices = np.full((len(queries), k), NO_NEIGHBOUR, dtype=np.int64)
     distances = np.full((len(queries), k), distance.farthest, dtype=np.float32)
-    for rows, *found in neighbour_blocks(queries, gallery, k, distance, query_ids, gallery_ids):
+    blocks = neighbour_blocks(queries, gallery, k, distance, query_ids, gallery_ids, settings)
+    for rows, *found in blocks:
         indices[rows], distances[rows] = found
     return indices, distances
 
@@ -85,50 +73,25 @@ def neighbour_blocks(
     distance: Distance,
     query_ids: Int64[np.ndarray, " q"] | None = None,
     gallery_ids: Int64[np.ndarray, " g"] | None = None,
+    settings: SearchSettings = DEFAULT,
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """`exact_neighbours` block by block: (rows of `queries`, positions (b, k), distances (b, k)).
+    """`exact_neighbours` block by block: (rows of `queries`, positions (b, k), values (b, k)).
 
-    Never holds more than `block_rows(D)` rows of neighbours; arguments and errors are the same.
+    Never holds more than `block_rows` rows of neighbours; arguments and errors are the same.
     """
     check_search(queries, gallery, k, query_ids, gallery_ids)
     if not distance.faiss_metric:
-        raise UsageError(f"{distance.name} is not searched by FAISS; use ranking.nearest")
-    faiss = faiss_with_worker_threads()
-    metric = getattr(faiss, distance.faiss_metric)
+        raise UsageError(f"{distance.name} is not one of embeddings; use ranking.nearest")
+    squares = not distance.larger_is_nearer
+    ids = np.arange(len(gallery)) if gallery_ids is None else gallery_ids
     prepared = np.ascontiguousarray(distance.prepare(gallery))
-    # One more neighbour, in case one is the query itself. This depends on whether ids are given and
-    # not on whether any coincide: FAISS orders ties differently for different k.
-    searched = min(k + (query_ids is not None), len(gallery))
-    shape = (block_rows(queries.shape[1]), queries.shape[1])
-    for start in range(0, len(queries), shape[0]):
-        rows = slice(start, min(start + shape[0], len(queries)))
-        # The last block is filled up with zeros, because BLAS picks its kernel by the shape of the
-        # product and kernels round differently. With one shape for all, a query's neighbours are
-        # bitwise the same wherever it stands, hence for any number of workers that share the work.
-        block = np.zeros(shape, dtype=np.float32)
-        block[: rows.stop - start] = distance.prepare(queries[rows])
-        distances, indices = faiss.knn(block, prepared, searched, metric)
-        distances, indices = distances[: rows.stop - start], indices[: rows.stop - start]
-        if query_ids is not None and gallery_ids is not None:
-            indices[gallery_ids[indices] == query_ids[rows, None]] = NO_NEIGHBOUR
-        yield rows, *_compacted(indices, distances, k, distance.farthest)
-
-
-def _compacted(
-    indices: np.ndarray, distances: np.ndarray, k: int, farthest: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Moves what is no neighbour to the end of its row, and makes the rows `k` long."""
-    order = np.argsort(indices == NO_NEIGHBOUR, axis=1, kind="stable")[:, :k]
-    indices = np.take_along_axis(indices, order, axis=1)
-    distances = np.take_along_axis(distances, order, axis=1)
-    distances[indices == NO_NEIGHBOUR] = farthest
-    if indices.shape[1] == k:
-        return indices, distances
-    missing = ((0, 0), (0, k - indices.shape[1]))
-    return (
-        np.pad(indices, missing, constant_values=NO_NEIGHBOUR),
-        np.pad(distances, missing, constant_values=farthest),
-    )
+    search = open_gallery(prepared, ids, squares, settings)
+    step = block_rows(k, settings.memory_bytes)
+    for start in range(0, len(queries), step):
+        rows = slice(start, min(start + step, len(queries)))
+        own = None if query_ids is None else query_ids[rows]
+        positions, values = search.nearest(distance.prepare(queries[rows]), own, k)
+        yield rows, positions, values.astype(np.float32)
 
 
 def check_search(

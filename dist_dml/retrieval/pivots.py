@@ -21,10 +21,10 @@ from torch import Tensor
 
 from dist_dml.errors import UsageError
 from dist_dml.metric_parameters import MetricParameters, largest_metric_k
+from dist_dml.retrieval.exact_values import as_tensor
 from dist_dml.retrieval.neighbours import NO_NEIGHBOUR, check_search
 from dist_dml.retrieval.probability_distances import (
     Reduction,
-    as_tensor,
     coordinate_distances,
     metric_sums,
     pairwise_sums,

@@ -27,7 +27,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from jaxtyping import Float32, Float64
 from torch import Tensor
@@ -91,11 +90,6 @@ def coordinate_distances(
 def log_differences(a: Float64[Tensor, "*n"], b: Float64[Tensor, "*n"]) -> Float64[Tensor, "*n"]:
     """|e^a - e^b| without cancellation, whatever the two are."""
     return torch.exp(torch.maximum(a, b)) * -torch.expm1(-(a - b).abs())
-
-
-def as_tensor(rows: np.ndarray) -> Tensor:
-    """The same memory where torch can take it."""
-    return torch.from_numpy(np.require(rows, requirements=["C", "W"]))
 
 
 def pairwise_sums(

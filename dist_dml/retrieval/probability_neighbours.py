@@ -12,10 +12,10 @@ from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 
 from dist_dml.retrieval.distances import Distance
+from dist_dml.retrieval.exact_values import as_tensor
 from dist_dml.retrieval.neighbours import NO_NEIGHBOUR, check_search
 from dist_dml.retrieval.probability_distances import (
     Reduction,
-    as_tensor,
     metric_sums,
     pairwise_sums,
     squared_sums,

@@ -17,6 +17,7 @@ from dist_dml.errors import RunError, UsageError
 from dist_dml.retrieval.clustering import cluster_nmi
 from dist_dml.retrieval.distances import Distance
 from dist_dml.retrieval.embeddings import Embeddings
+from dist_dml.retrieval.gallery_search import DEFAULT, SearchSettings
 from dist_dml.retrieval.metrics import NO_LABEL, QueryScores, score_queries, summarise
 from dist_dml.retrieval.neighbours import NO_NEIGHBOUR
 from dist_dml.retrieval.ranking import nearest_blocks
@@ -51,13 +52,13 @@ def score_slice(
     query_slice: slice,
     distance: Distance,
     recall_at: Sequence[int],
+    settings: SearchSettings = DEFAULT,
 ) -> QueryScores:
     """One worker's share of a measurement: the queries in `query_slice`, against the whole gallery.
 
     `QueryScores.concatenate` over slices that follow each other equals the scores of all queries,
-    bit for bit: the number of neighbours is that of the largest class of *all* queries, and every
-    search has the same shape. Costs 2*s*g*D operations for a slice of s queries (filled up to
-    `block_rows(D)`) and about 80 bytes for each neighbour of a block of queries; by distances of
+    bit for bit: neighbours are ranked by exact values. Costs 2*s*g*D operations for a slice of s
+    queries and about 80 bytes for each neighbour of a block of queries; by distances of
     probabilities s*g*C of `probability_distances`. Nothing is pruned: with as many neighbours as
     the largest class has, the last one is of another class, and hardly a bound exceeds it.
 
@@ -69,6 +70,7 @@ def score_slice(
         query_slice: this worker's queries; may be empty.
         distance: what to rank by.
         recall_at: the K of Recall@K.
+        settings: who searches, in how much memory; for distances of embeddings.
     """
     gallery = queries if gallery is None else gallery
     if len(queries) == 0 or len(gallery) == 0:
@@ -79,7 +81,7 @@ def score_slice(
     counts = relevant_counts(queries, gallery)
     k = max(int(counts.max()), *recall_at, 1)
     mine, counts = queries.rows(query_slice), counts[query_slice]
-    blocks = nearest_blocks(mine, gallery, k, distance)
+    blocks = nearest_blocks(mine, gallery, k, distance, settings)
     # The empty part keeps the arrays' types for a worker without queries.
     nothing = np.empty((0, k), dtype=np.int64)
     parts = [score_queries(nothing, mine.labels[:0], counts[:0], recall_at)]

@@ -14,13 +14,18 @@ from jaxtyping import Float64, Int64
 from dist_dml.errors import UsageError
 from dist_dml.retrieval.distances import Distance
 from dist_dml.retrieval.embeddings import Embeddings, check_space
+from dist_dml.retrieval.gallery_search import DEFAULT, SearchSettings
 from dist_dml.retrieval.neighbours import NO_NEIGHBOUR, neighbour_blocks
 from dist_dml.retrieval.probability_neighbours import probability_blocks
 from dist_dml.retrieval.sparse_neighbours import sparse_blocks, truncate
 
 
 def nearest_blocks(
-    queries: Embeddings, gallery: Embeddings, k: int, distance: Distance
+    queries: Embeddings,
+    gallery: Embeddings,
+    k: int,
+    distance: Distance,
+    settings: SearchSettings = DEFAULT,
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
     """The `k` gallery items nearest to each query, without the one of the query's own id.
 
@@ -35,19 +40,23 @@ def nearest_blocks(
     check_space(gallery, distance)
     vectors, ids = (queries.vectors, gallery.vectors), (queries.ids, gallery.ids)
     if distance.space == "embedding":
-        return neighbour_blocks(*vectors, k, distance, *ids)
+        return neighbour_blocks(*vectors, k, distance, *ids, settings)
     if distance.space == "log_probability":
         return probability_blocks(*vectors, k, distance, *ids)
     return sparse_blocks(queries, gallery, k, distance)
 
 
 def nearest(
-    queries: Embeddings, gallery: Embeddings, k: int, distance: Distance
+    queries: Embeddings,
+    gallery: Embeddings,
+    k: int,
+    distance: Distance,
+    settings: SearchSettings = DEFAULT,
 ) -> tuple[Int64[np.ndarray, "q k"], Float64[np.ndarray, "q k"]]:
     """`nearest_blocks`, put together: gallery positions and values."""
     indices = np.full((len(queries), k), NO_NEIGHBOUR, dtype=np.int64)
     values = np.full((len(queries), k), distance.farthest)
-    for rows, *found in nearest_blocks(queries, gallery, k, distance):
+    for rows, *found in nearest_blocks(queries, gallery, k, distance, settings):
         indices[rows], values[rows] = found
     return indices, values
 

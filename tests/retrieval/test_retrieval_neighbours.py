@@ -1,4 +1,4 @@
-"""FAISS's neighbours against a dense float64 twin, with duplicates, ties and self matches."""
+"""Neighbours against a dense float64 twin, with duplicates, ties and self matches."""
 
 import numpy as np
 import pytest
@@ -6,6 +6,7 @@ from jaxtyping import TypeCheckError
 
 from dist_dml.errors import UsageError
 from dist_dml.retrieval.distances import DISTANCES, named_distance, unit_length
+from dist_dml.retrieval.gallery_search import SearchSettings
 from dist_dml.retrieval.neighbours import block_rows, exact_neighbours
 
 ABSOLUTE = 3e-5  # float32 against float64, for squared distances of a few hundred
@@ -91,7 +92,7 @@ def test_ids_exclude_only_where_they_coincide():
 @pytest.mark.parametrize("distance", [COSINE, L2], ids=["cosine", "l2"])
 @pytest.mark.parametrize("width", [32, 128])
 def test_neighbours_are_bitwise_the_same_wherever_a_query_stands(distance, width):
-    """FAISS alone differs in the last bits between 20 and 5000 queries; fixed blocks do not."""
+    """Products differ in the last bits between 20 and 5000 queries; exact values do not."""
     rng = np.random.default_rng(width)
     vectors = rng.standard_normal((4301, width)).astype(np.float32)
     ids = np.arange(4301)
@@ -104,11 +105,13 @@ def test_neighbours_are_bitwise_the_same_wherever_a_query_stands(distance, width
 
 
 def test_more_queries_than_a_block_are_all_answered():
-    assert [block_rows(width) for width in (2, 64, 128, 512, 2048)] == [4096, 4096, 2048, 512, 512]
+    assert [block_rows(k) for k in (1, 100, 10_000, 10**7)] == [8192, 8192, 167, 64]
     rng = np.random.default_rng(0)
-    vectors = rng.standard_normal((1300, 512)).astype(np.float32)
-    indices, _ = exact_neighbours(vectors, vectors, 1, L2)
-    np.testing.assert_array_equal(indices[:, 0], np.arange(1300))
+    vectors = rng.standard_normal((700, 64)).astype(np.float32)
+    settings = SearchSettings(memory_bytes=2**15)
+    assert block_rows(3, settings.memory_bytes) == 64
+    indices, _ = exact_neighbours(vectors, vectors, 3, L2, settings=settings)
+    np.testing.assert_array_equal(indices[:, 0], np.arange(700))
 
 
 def test_cosine_ignores_lengths_and_leaves_zero_rows_zero():

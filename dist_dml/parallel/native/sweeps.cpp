@@ -1,30 +1,12 @@
 // The functions that `sweep_native.py` calls: both sweeps, and whether a dtype has kernels here.
 // Raw pointers in, no exception out: 0, or 1 and what went wrong.
 
-#include <c10/util/Exception.h>
-
-#include <cstdio>
-
 #include "backward.hpp"
+#include "guarded.hpp"
 
 using namespace dist_dml;
 
 namespace {
-
-template <class Call>
-int guarded(char* message, int64_t size, Call call) {
-  try {
-    call();
-    return 0;
-  } catch (const c10::Error& error) {
-    std::snprintf(message, size, "%s", error.what_without_backtrace());
-  } catch (const std::exception& error) {
-    std::snprintf(message, size, "%s", error.what());
-  } catch (...) {
-    std::snprintf(message, size, "an unknown exception");
-  }
-  return 1;
-}
 
 // Calls with (Weight*, Operand*) of the problem's dtypes.
 template <class Call>
