@@ -1,11 +1,13 @@
-"""ENTRY: methods against each other under the fair protocol, each with the same trials.
+"""ENTRY: methods against each other under the fair protocol, or finished runs side by side.
 
     dist-dml compare configs/glyphs.yaml --trial optimizer.learning_rate=1e-3 \\
         --trial optimizer.learning_rate=8e-3
+    dist-dml compare runs/one runs/other
 
-The methods are the variants of the file. Each trial is trained on the first fold; the one with the
-best validation MAP@R runs on all folds as `dist-dml protocol` does, and is tested once a fold. Run
-the command again to go on where it was stopped. See docs/protocol.md.
+Of runs: tables, curves, settings and significance on one page, see docs/report.md. Nothing is
+trained. Of a file, the methods are its variants. Each trial is trained on the first fold; the one
+with the best validation MAP@R runs on all folds as `dist-dml protocol` does, and is tested once a
+fold. Run the command again to go on where it was stopped. See docs/protocol.md.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ from typing import Any
 from dist_dml.comparison_picture import comparison_picture
 from dist_dml.comparison_plan import Trial, best_score, chosen_trial, method_names, plan_trials
 from dist_dml.comparison_table import build_comparison, comparison_text
-from dist_dml.config import ProtocolConfig
 from dist_dml.config_loading import resolve
 from dist_dml.errors import RunError, UsageError
+from dist_dml.evaluation_config import ProtocolConfig
 from dist_dml.protocol import FOLDER, add_numbers, check_numbers, write_report
 from dist_dml.protocol_folds import (
     Fold,
@@ -38,6 +40,7 @@ from dist_dml.protocol_launch import (
     testing_stage,
     training_stage,
 )
+from dist_dml.report.run_comparison import compare_runs
 from dist_dml.tracking.plots import save_figure
 from dist_dml.whole_files import write_json, write_text
 
@@ -193,8 +196,15 @@ class _Work:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("config", metavar="CONFIG", help="YAML file whose variants are the methods")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    parser.add_argument(
+        "config", metavar="CONFIG|RUN", help="YAML file whose variants are the methods, or a run"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.key=value|RUN", help="of a file; or further runs"
+    )
+    parser.add_argument(
+        "--out", default="", metavar="FOLDER", help="of runs: where compare.html goes"
+    )
     parser.add_argument(
         "--method",
         action="append",
@@ -212,7 +222,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_numbers(parser)
 
 
+def run_folders(arguments: argparse.Namespace) -> list[Path]:
+    """The runs to set side by side; none where a file's methods are meant.
+
+    Raises:
+        UsageError: for runs mixed with anything else, or options of the other form.
+    """
+    words = [arguments.config, *arguments.overrides]
+    runs = [Path(word) for word in words if (Path(word) / "config.yaml").is_file()]
+    if not runs:
+        if Path(arguments.config).is_dir():
+            raise UsageError(
+                f"{arguments.config} is no run (it has no config.yaml); give run folders, or the "
+                "YAML file whose variants are to be compared"
+            )
+        if arguments.out:
+            raise UsageError("--out is for runs; a file's methods go to RUN.ROOT/NAME/comparison")
+        return []
+    others = [word for word in words if not (Path(word) / "config.yaml").is_file()]
+    if others:
+        raise UsageError(
+            f"compare got the run {runs[0]} and {others[0]!r}, which is none (it has no "
+            "config.yaml); give either run folders alone, or one YAML file with its settings"
+        )
+    if arguments.method or arguments.trial:
+        raise UsageError("--method and --trial are for a file's methods; runs are what they are")
+    return runs
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Run the comparison. Returns the exit code."""
-    compare(arguments)
+    if runs := run_folders(arguments):
+        text, page = compare_runs(runs, Path(arguments.out) if arguments.out else None)
+        print(f"{text}\n\npage:     {page}")
+    else:
+        compare(arguments)
     return 0

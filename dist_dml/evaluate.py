@@ -1,6 +1,7 @@
 """ENTRY: checkpoint -> embeddings -> neighbours -> scores -> report.
 
 `dist-dml evaluate runs/demo --baselines`, or the same under torchrun, deepspeed or srun.
+`dist-dml evaluate --embeddings Q.parquet --gallery G.parquet` scores anybody's files.
 """
 
 from __future__ import annotations
@@ -14,22 +15,24 @@ if __name__ == "__main__":  # Run by path: this folder must not hide installed p
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
 
 from dist_dml.checkpoint import load_embedder_tensors, load_head
 from dist_dml.checkpoint_manifest import Manifest, newest_checkpoint, verify_checkpoint
 from dist_dml.command_line import run_command
-from dist_dml.config import Config, ProtocolConfig
+from dist_dml.config import Config
 from dist_dml.config_loading import Resolved
 from dist_dml.data.index import Index
 from dist_dml.data.opening import open_index
 from dist_dml.entry import add_config_arguments, run_worker
 from dist_dml.errors import UsageError
+from dist_dml.evaluate_embeddings import (
+    add_file_arguments,
+    check_file_arguments,
+    evaluate_files,
+)
 from dist_dml.measurement import (
-    Measurement,
     Model,
     check_evaluation,
     embed_pixels,
@@ -40,74 +43,11 @@ from dist_dml.models.embedder import build_embedder
 from dist_dml.parallel.class_partition import ClassPartition
 from dist_dml.parallel.classifier import ClassParallelClassifier
 from dist_dml.parallel.world import World
-from dist_dml.retrieval.certificate_figure import certificate_figure
-from dist_dml.retrieval.certificates import certificate_text
+from dist_dml.report.evaluated import Evaluated
+from dist_dml.report.evaluation_files import tables
+from dist_dml.report.evaluation_report import FILE as REPORT_FILE
+from dist_dml.report.evaluation_report import write_files, write_report
 from dist_dml.retrieval.distances import named_distance
-from dist_dml.retrieval.report import recall_curve, retrieval_gallery, score_table
-from dist_dml.tracking.run_files import append_event
-
-
-def scores_of(
-    scores: Mapping[str, float], protocol: ProtocolConfig, distance: str
-) -> dict[str, float]:
-    """The scores of one protocol and distance, without the prefix."""
-    prefix = f"{protocol.name}/{distance}/"
-    return {key[len(prefix) :]: value for key, value in scores.items() if key.startswith(prefix)}
-
-
-def tables(rows: Mapping[str, Mapping[str, float]], config: Config) -> str:
-    """One table a protocol and distance; `rows` holds the scores of each model.
-
-    The first protocol and distance, the ones that matter most, come last: next to the prompt.
-    """
-    texts = []
-    for protocol in reversed(config.evaluation.protocols):
-        searched = f"gallery {protocol.gallery}" if protocol.gallery else "each without itself"
-        for text in reversed(config.evaluation.distances):
-            distance = named_distance(text).name
-            shown = {name: scores_of(scores, protocol, distance) for name, scores in rows.items()}
-            shown = {name: scores for name, scores in shown.items() if scores}
-            title = f"{protocol.name}, {text}: queries {protocol.query}, {searched}"
-            texts.append(f"{title}\n{score_table(shown)}")
-    return "\n\n".join(texts)
-
-
-def write_gallery(
-    path: Path, index: Index, measured: Measurement, config: Config, title: str
-) -> None:
-    """The picture of hits and misses of the first protocol and distance."""
-    from dist_dml.data.reader import open_reader, read_image
-
-    protocol = config.evaluation.protocols[0]
-    distance = named_distance(config.evaluation.distances[0])
-    reader = open_reader(index, config.data.image.channels, config.data.storage)
-    queries = measured.of(protocol.query, distance)
-    gallery = measured.of(protocol.gallery, distance) if protocol.gallery else None
-    # Of the classes shown alone: there may be millions of others.
-    labels = [queries.labels] if gallery is None else [queries.labels, gallery.labels]
-    names = index.class_names
-    figure = retrieval_gallery(
-        queries,
-        gallery,
-        distance,
-        lambda sample_id: read_image(index, reader, sample_id),
-        {label: names[label] for label in np.unique(np.concatenate(labels)).tolist()},
-        seed=config.run.seed,
-        title=title,
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-
-
-def write_certificates(path: Path, measured: Measurement) -> str:
-    """The picture of the certificates, and their table with what it means; empty without any."""
-    if not measured.certificates:
-        return ""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    certificate_figure(measured.certified).savefig(path)
-    text = certificate_text(measured.certificates)
-    path.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
-    return text
 
 
 def load_for_evaluation(
@@ -160,7 +100,7 @@ def _load_classifier(
     return classifier
 
 
-def _find_checkpoint(run: Path, which: str) -> tuple[Path, Manifest]:
+def choose_checkpoint(run: Path, which: str) -> tuple[Path, Manifest]:
     """`best`, `last` or a path, verified: a pass over all bytes, so no more often than needed."""
     folder = run / "checkpoints"
     if which not in ("best", "last"):
@@ -180,7 +120,7 @@ def _evaluate(resolved: Resolved, world: World, arguments: argparse.Namespace) -
     """Score a checkpoint, and on request pixels and the untrained network; print and write."""
     config = resolved.config
     run = Path(arguments.run)
-    found = _find_checkpoint(run, arguments.checkpoint)
+    found = choose_checkpoint(run, arguments.checkpoint)
     checkpoint = found[0]
     index = open_index(config.data)
     check_evaluation(index, config, index.num_classes, world.ranks.local_size)
@@ -196,17 +136,8 @@ def _evaluate(resolved: Resolved, world: World, arguments: argparse.Namespace) -
     rows[name] = measured.scores
     if not world.is_first:
         return
-    report = run / "report"
-    report.mkdir(parents=True, exist_ok=True)
-    scores = {"checkpoint": checkpoint.name, "scores": rows}
-    (report / "scores.json").write_text(json.dumps(scores, indent=1), encoding="utf-8")
-    write_gallery(report / "gallery.png", index, measured, config, f"{config.run.name}: retrieval")
-    _write_recall(report / "recall.png", rows, config)
-    certificates = write_certificates(report / "certificates.png", measured)
-    written = ["scores.json", "gallery.png", "recall.png"]
-    for name in written + ["certificates.png", "certificates.txt"] * bool(certificates):
-        # The next `dist-dml track sync` takes them to MLflow.
-        append_event(run, {"path": f"report/{name}", "folder": "report"})
+    evaluated = Evaluated(run, config, index, measured, rows, checkpoint.name, found[1])
+    certificates = write_files(evaluated)
     for split, count in sorted(measured.left_out.items()):
         if count:
             print(
@@ -215,41 +146,41 @@ def _evaluate(resolved: Resolved, world: World, arguments: argparse.Namespace) -
                 file=sys.stderr,
             )
     if arguments.json:
-        print(json.dumps(scores))
+        print(json.dumps(evaluated.printed), flush=True)
     else:
-        print(f"{certificates}\n\n" * bool(certificates) + tables(rows, config))
+        print(f"{certificates}\n\n" * bool(certificates) + tables(rows, config), flush=True)
+    if arguments.report:
+        write_report(evaluated)
+    if not arguments.json:
         print(f"\nrun:     {run}/ ({checkpoint.name}; scores and pictures in report/)")
+        if arguments.report:
+            print(f"report:  {evaluated.folder / REPORT_FILE}")
         if config.tracking.mlflow:
             print(f"MLflow:  dist-dml ui --root {config.run.root}")
-
-
-def _write_recall(path: Path, rows: Mapping[str, Mapping[str, float]], config: Config) -> None:
-    protocol = config.evaluation.protocols[0]
-    distance = named_distance(config.evaluation.distances[0]).name
-    curves = {}
-    for name, scores in rows.items():
-        found = scores_of(scores, protocol, distance)
-        if not found:  # Pixels have no class probabilities.
-            continue
-        curves[name] = {k: found[f"recall_at_{k}"] for k in config.evaluation.recall_at}
-    title = f"Recall@K, {protocol.name} ({distance})"
-    recall_curve(curves, title).savefig(path)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     # Not `--run`: torchrun takes that for one of its own, wherever it stands.
-    parser.add_argument("run", metavar="RUN", help="run folder, for example runs/demo")
+    parser.add_argument("run", metavar="RUN", nargs="?", help="run folder, for example runs/demo")
     parser.add_argument("--checkpoint", default="best", help="best (default), last or a path")
     parser.add_argument(
         "--baselines", action="store_true", help="also score raw pixels and the untrained network"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    parser.add_argument(
+        "--no-report", dest="report", action="store_false", help="scores without report.html"
+    )
+    add_file_arguments(parser)
     add_config_arguments(parser)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Evaluate with the run's own configuration, unless another is given."""
+def use_config_of_run(arguments: argparse.Namespace) -> None:
+    """The run's own configuration, unless another is given.
+
+    Raises:
+        UsageError: `arguments.run` is not the folder of a run.
+    """
     stored = Path(arguments.run) / "config.yaml"
     if not stored.is_file():
         raise UsageError(
@@ -257,6 +188,13 @@ def run(arguments: argparse.Namespace) -> int:
             "`dist-dml train` has made, for example runs/demo"
         )
     arguments.config = arguments.config or str(stored)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluate a run's checkpoint, or files of embeddings. Returns the exit code."""
+    if check_file_arguments(arguments):
+        return evaluate_files(arguments)
+    use_config_of_run(arguments)
     return run_worker(_evaluate, arguments, [])
 
 

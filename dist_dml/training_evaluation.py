@@ -6,11 +6,11 @@ import time
 
 from dist_dml.checkpoint_manifest import Progress
 from dist_dml.config import Config
-from dist_dml.evaluate import tables, write_certificates, write_gallery
 from dist_dml.journal import Journal
 from dist_dml.measurement import Model, embed_with, measure_model
 from dist_dml.parallel.classifier import ClassParallelClassifier
 from dist_dml.parallel.world import World
+from dist_dml.report.evaluation_files import tables, write_certificates, write_gallery
 from dist_dml.resources import peak_mebibytes
 from dist_dml.training_run import TrainingRun
 

@@ -45,7 +45,8 @@ def test_two_workers_give_the_scores_of_one_and_of_the_training_run(launcher: La
             # An embedding's last bits depend on the batch that it is computed in.
             assert two[row][name] == pytest.approx(value, abs=0.02), (row, name)
     assert {n: trained[n] for n in one["trained"]} == pytest.approx(one["trained"], abs=0.02)
-    for name in ("scores.json", "gallery.png", "recall.png"):
+    written = ("scores.json", "queries.parquet", "gallery.png", "recall.png", "report.html")
+    for name in written:
         assert (launcher.root / "one" / "report" / name).stat().st_size > 100
 
 
