@@ -82,8 +82,8 @@ def model_card(run: Path, exported: Exported) -> str:
         f"---\n{yaml.safe_dump(header, sort_keys=False, allow_unicode=True)}---",
         f"# {config.run.name}",
         f"Embeddings of {exported.embedding_dim} numbers{length} for {kind} images of "
-        f"{image.size} x {image.size} pixels: images of one class lie near each other, also of "
-        f"classes that training has not seen. Trained by `{config.loss.name}` on "
+        f"{image.size} x {image.size} pixels, made so that images of one class lie near each "
+        f"other; the scores below say how far they do. Trained by `{config.loss.name}` on "
         f"{exported.manifest.num_classes:,} classes with the backbone `{config.model.backbone}`.",
         _use(exported),
         _scores(run, exported),
@@ -149,7 +149,8 @@ def _scores(run: Path, exported: Exported) -> str:
         distances = sorted({distance for row in rows.values() for distance in row})
         lines = [f"| score | {' | '.join(distances)} |", "|---" * (len(distances) + 1) + "|"]
         for score, row in rows.items():
-            cells = [_number(row[d]) if d in row else "" for d in distances]
+            shown = "{:,.0f}" if score.startswith("num_") else "{:.4f}"
+            cells = [shown.format(row[d]) if d in row else "" for d in distances]
             lines.append(f"| {score} | {' | '.join(cells)} |")
         blocks.append(
             f"Protocol `{protocol.name}`: each image of split `{protocol.query}` is a query, "
@@ -189,10 +190,6 @@ def recorded_scores(run: Path, exported: Exported) -> tuple[dict[str, float], st
     return scores, f"as training measured them at step {exported.manifest.progress.step:,}"
 
 
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value == int(value) and abs(value) > 1 else f"{value:.4f}"
-
-
 def _data(exported: Exported) -> str:
     fingerprint = exported.manifest.plan["fingerprint"]
     name = PurePath(exported.config.data.path).name or "unnamed"
@@ -211,9 +208,9 @@ def _data(exported: Exported) -> str:
         text += f" (that at hand has {index.fingerprint}: the counts below are of that one)"
     source = index.metadata.get("source")
     kind = source.get("kind") if isinstance(source, dict) else None
-    made = f", packed by `dist-dml pack {kind}`" if isinstance(kind, str) else ""
+    made = f", packed by `dist-dml pack {_cell(kind)}`" if isinstance(kind, str) else ""
     return (
-        f"{text}{_cell(made)}. Trained on split `{split}`.\n\n| split | images | classes |\n"
+        f"{text}{made}. Trained on split `{split}`.\n\n| split | images | classes |\n"
         "|---|---|---|\n" + "\n".join(rows)
     )
 

@@ -57,6 +57,11 @@ def check_registry() -> None:
     Raises:
         UsageError: says how to install it.
     """
+    # Before MLflow is imported, which reads them.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     try:
         import mlflow  # noqa: F401
     except ImportError:
@@ -74,6 +79,8 @@ def register_model(
     step: int,
 ) -> Registered:
     """Log an export's ONNX model beside its run, which is mirrored first, and register it.
+
+    Call `check_registry` before: it tells MLflow how long to wait for a server.
 
     The store is the run's own (`tracking.mlflow_uri`, by default the database in the run's root).
     `mlflow.pyfunc.load_model("models:/NAME/VERSION").predict(images)` then gives
@@ -95,11 +102,6 @@ def register_model(
     destination = destination_of(
         config.tracking, root_of(run_folder, config.run.name), config.run.name
     )
-    # Before MLflow is imported, which reads them.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     try:
         with warnings.catch_warnings():
             # MLflow uses what SQLAlchemy and others have deprecated.
