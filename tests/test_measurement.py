@@ -17,6 +17,7 @@ from dist_dml.parallel.class_partition import ClassPartition
 from dist_dml.parallel.classifier import ClassParallelClassifier
 from dist_dml.parallel.world import Ranks, World
 from dist_dml.retrieval.distances import named_distance
+from dist_dml.retrieval.full_scores import ScoreOptions, score_everything
 from dist_dml.training_run import starting_loss_warning
 
 PIXELS = 64
@@ -105,6 +106,22 @@ def test_pixels_have_no_class_probabilities_and_a_classifier_does(digits: Index)
     assert measured.scores[f"{prefix}/epsilon"] == pytest.approx(
         epsilon[correct].max().item(), rel=1e-4
     )
+
+
+def test_the_last_evaluation_measures_what_costs_a_pass_and_the_others_do_not(
+    digits: Index,
+) -> None:
+    config = config_of(digits, "evaluation.distances=[cosine]", "run.seed=3")
+    often = measure_model(Model(embed_pixels), digits, config, WORLD, nmi=False)
+    last = measure_model(Model(embed_pixels), digits, config, WORLD, nmi=True)
+    cosine = named_distance("cosine")
+    options = ScoreOptions(config.evaluation.recall_at, nmi=True, seed=3, resamples=0)
+    parts = last.of("seen", cosine), last.of("train", cosine)
+    expected = score_everything(*parts, cosine, options).scores
+    assert last.scores == {f"seen/cosine/{name}": value for name, value in expected.items()}
+    extra = {name.split("/")[2] for name in set(last.scores) - set(often.scores)}
+    assert {"mean_reciprocal_rank", "nmi", "ami", "tar_at_far_0.001", "roc_auc"} < extra
+    assert often.scores.items() < last.scores.items()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from sklearn.metrics import adjusted_mutual_info_score
 
 from dist_dml.errors import RunError, UsageError
 from dist_dml.protocol_scores import concatenate
+from dist_dml.retrieval import first_hits
 from dist_dml.retrieval.clustering import (
     adjusted_mutual_information,
     cluster_scores,
@@ -86,10 +87,16 @@ def test_scores_equal_the_twin_and_the_calculator(case: str, name: str) -> None:
     assert set(found) == {*twin, "nmi", "ami"}
 
 
+@pytest.mark.parametrize("most_unsure", [1.0, -1.0], ids=["float32", "float64"])
 @pytest.mark.parametrize("name", ["cosine", "l2"])
 @pytest.mark.parametrize("case", [*CASES, *TIES])
-def test_counted_ranks_are_those_of_the_whole_ranking(case: str, name: str) -> None:
+def test_counted_ranks_are_those_of_the_whole_ranking(
+    case: str, name: str, most_unsure: float, monkeypatch
+) -> None:
     """Every query by the second pass, also those whose first hit the search has found."""
+    monkeypatch.setattr(first_hits, "_MOST_UNSURE", most_unsure)
+    monkeypatch.setattr(first_hits, "_TILE_ROWS", 13)
+    monkeypatch.setattr(first_hits, "_TILE_COLUMNS", 17)
     queries, gallery = (CASES | TIES)[case]
     searched, distance = queries if gallery is None else gallery, DISTANCES[name]
     scores = score_slice(queries, gallery, slice(0, len(queries)), distance, ())
@@ -113,6 +120,15 @@ def test_a_first_hit_behind_the_searched_neighbours_counts_where_the_calculator_
     short = score_slice(line, None, slice(0, 22), L2, (1,))
     with pytest.raises(UsageError, match="first hits of 2 queries stand behind"):
         mean_reciprocal_rank(short)
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1.0, 1e18])
+def test_first_hits_do_not_depend_on_the_scale_of_the_embeddings(scale: float) -> None:
+    base = noisy(9, 60, 20, noise=3.0)
+    scaled = samples(base.vectors * np.float32(scale), base.labels, ids=base.ids)
+    ranks = score_everything(scaled, None, L2, PLAIN).queries.first_hit_rank
+    expected = score_everything(base, None, L2, PLAIN).queries.first_hit_rank
+    np.testing.assert_array_equal(ranks, expected)
 
 
 def test_labels_beyond_float32_stay_apart_where_the_calculator_merges_them() -> None:
