@@ -12,13 +12,14 @@ DEMO_WORKERS ?= 2
 # Test files that run at the same time. Each test may start up to five processes of its own.
 TEST_PROCESSES ?= 2
 
-.PHONY: help setup demo test test-slow lint format ui bench clean
+.PHONY: help setup demo test test-slow browser lint format ui bench clean
 
 help:
 	@echo "make setup      install dist_dml and everything it needs into $(VENV) (about 3 minutes)"
 	@echo "make demo       pack glyphs, train with 2 deepspeed workers, score unseen classes"
 	@echo "make test       the tests (under 10 minutes on 2 cores)"
 	@echo "make test-slow  faults, killed workers and the documented commands, end to end"
+	@echo "make browser    install chromium by apt, for the tests in a browser (else skipped)"
 	@echo "make lint       ruff (format, check) and pyright"
 	@echo "make ui         the MLflow UI over the runs in runs/"
 	@echo "make bench      time the class-parallel head against PyTorch's own, and all losses"
@@ -52,6 +53,10 @@ test: $(READY)
 test-slow: $(READY)
 	@echo "== test-slow: several processes, injected faults, documented commands"
 	$(BIN)/python -m pytest -m slow -n $(TEST_PROCESSES) --dist loadfile --durations=15
+
+browser:
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+		(apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium)
 
 lint: $(READY)
 	@echo "== lint: ruff and pyright"

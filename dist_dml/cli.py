@@ -15,14 +15,19 @@ from dist_dml.data.pack_command import PackCommand
 COMMANDS = {
     "train": ("dist_dml.train", "train an embedding (also under deepspeed, torchrun, srun)"),
     "evaluate": ("dist_dml.evaluate", "score a run's checkpoint and write its report"),
+    "embed": ("dist_dml.embed", "embeddings of any shards as Parquet, in parallel, resumable"),
     "protocol": ("dist_dml.protocol", "train and test class-disjoint folds, and write one table"),
     "compare": ("dist_dml.comparison", "methods against each other, each with the same trials"),
     "reference": ("dist_dml.reference_command", "published results of papers A, B and C"),
     "estimate": ("dist_dml.estimate", "memory and time of a run on machines that you name"),
     "config": ("dist_dml.config_command", "show, diff or describe configurations"),
+    "export": ("dist_dml.export", "safetensors, torch.export and ONNX, checked; MLflow, hub"),
     "classes carry": ("dist_dml.class_carry", "go on with other classes: new, dropped, merged"),
     "classes export": ("dist_dml.class_export", "class weights to Parquet or safetensors"),
     "classes import": ("dist_dml.class_import", "class weights from files, Partial FC's too"),
+    "search build": ("dist_dml.search.build_command", "index a gallery; recall is measured"),
+    "search query": ("dist_dml.search.query_command", "the nearest items to images"),
+    "search serve": ("dist_dml.search.serve_command", "a page on which one drops an image"),
     "pack glyphs": ("dist_dml.data.pack.glyphs", "draw characters of the installed typefaces"),
     "pack folder": ("dist_dml.data.pack.folder", "pack a class_name/image.jpg tree"),
     "pack cifar": ("dist_dml.data.pack.cifar", "pack CIFAR-10 or CIFAR-100's binary archive"),
@@ -43,7 +48,7 @@ COMMANDS = {
     "track": ("dist_dml.tracking.sync_command", "send what MLflow has missed"),
     "ui": ("dist_dml.tracking.ui_command", "open the MLflow UI on this machine"),
 }
-GROUPS = ("pack", "classes")
+GROUPS = ("pack", "classes", "search")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

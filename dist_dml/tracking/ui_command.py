@@ -10,19 +10,24 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import ipaddress
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from dist_dml.errors import UsageError
+from dist_dml.listening import (
+    HOST,
+    bracketed,
+    check_names,
+    is_loopback,
+    listen,
+    sigterm_as_interrupt,
+    spellings,
+)
 from dist_dml.tracking.destination import DATABASE
-
-HOST = "127.0.0.1"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,9 +66,9 @@ def run(arguments: argparse.Namespace) -> int:
     # It would switch off the checks that the command asks for.
     environment.pop("MLFLOW_SERVER_DISABLE_SECURITY_MIDDLEWARE", None)
     process = subprocess.Popen(command, env=environment, start_new_session=True)
-    shown = f"{_bracketed(arguments.host)}:{arguments.port}"
-    if not _is_loopback(arguments.host):
-        shown = _spellings(names[0], arguments.port)[0]
+    shown = f"{bracketed(arguments.host)}:{arguments.port}"
+    if not is_loopback(arguments.host):
+        shown = spellings(names[0], arguments.port)[0]
     print(
         # MLflow 3 opens on its pages for language models; the parameter asks for training runs.
         f"MLflow UI of {arguments.root}: "
@@ -71,13 +76,12 @@ def run(arguments: argparse.Namespace) -> int:
         "(there in about 10 s; Ctrl-C ends it)",
         flush=True,
     )
-    previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return process.wait()
+        with sigterm_as_interrupt():
+            return process.wait()
     except KeyboardInterrupt:
         return 0
     finally:
-        signal.signal(signal.SIGTERM, previous)
         _stop(process)
 
 
@@ -98,23 +102,13 @@ def ui_command(
             f"there is no MLflow database {database}; train first (tracking.mlflow=true), name the "
             "folder of the runs with --root, or fill it with `dist-dml track sync RUN_FOLDER`"
         )
-    if not _is_loopback(host) and not allowed_hosts:
-        raise UsageError(
-            f"--host={host} lets other machines in; name with --allowed-hosts by which names "
-            "browsers reach it, for example --allowed-hosts mlflow.example.org"
-        )
-    for name in allowed_hosts:
-        if not name.strip("*?:.[]"):
-            raise UsageError(
-                f"--allowed-hosts={name} allows any name, and with it any web page that points a "
-                "name of its own here; list the names"
-            )
+    check_names(host, allowed_hosts, "mlflow.example.org")
     if importlib.util.find_spec("mlflow") is None:
         raise UsageError("mlflow is not installed; run `pip install 'dist_dml[mlflow]'`")
-    _check_free(host, port)
+    listen(host, port).close()
     # Of any port, as `ssh -L 8080:localhost:5000` makes one of its own.
     names = ["localhost", "localhost:*", "127.0.0.1", "127.0.0.1:*", f"[::1]:{port}"]
-    names += [with_port for name in allowed_hosts for with_port in _spellings(name, port)]
+    names += [with_port for name in allowed_hosts for with_port in spellings(name, port)]
     command = [sys.executable, "-m", "mlflow", "ui", "--host", host, "--port", str(port)]
     command += ["--backend-store-uri", f"sqlite:///{database.resolve()}"]
     # Always explicit: MLflow's default lets every private address in, and the environment changes
@@ -124,43 +118,8 @@ def ui_command(
     return [*command, "--workers", "1", "--uvicorn-opts", "--log-level=warning"]
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _spellings(name: str, port: int) -> list[str]:
-    """What browsers send for a name: with the port, or without one behind a proxy."""
-    has_port = name.rpartition(":")[2].isdigit() and not name.endswith("]")
-    return [name] if has_port else [f"{name}:{port}", name]
-
-
 def _origins(names: Sequence[str]) -> list[str]:
     return [f"{scheme}://{name}" for name in dict.fromkeys(names) for scheme in ("http", "https")]
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host and not host.startswith("[") else host
-
-
-def _check_free(host: str, port: int) -> None:
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except (OSError, OverflowError) as error:
-        raise UsageError(
-            f"port {port} of {host} cannot be used ({error}); give another with --port or --host"
-        ) from None
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
