@@ -25,6 +25,9 @@ COMMANDS = {
     "classes carry": ("dist_dml.class_carry", "go on with other classes: new, dropped, merged"),
     "classes export": ("dist_dml.class_export", "class weights to Parquet or safetensors"),
     "classes import": ("dist_dml.class_import", "class weights from files, Partial FC's too"),
+    "search build": ("dist_dml.search.build_command", "index a gallery; recall is measured"),
+    "search query": ("dist_dml.search.query_command", "the nearest items to images"),
+    "search serve": ("dist_dml.search.serve_command", "a page on which one drops an image"),
     "pack glyphs": ("dist_dml.data.pack.glyphs", "draw characters of the installed typefaces"),
     "pack folder": ("dist_dml.data.pack.folder", "pack a class_name/image.jpg tree"),
     "pack cifar": ("dist_dml.data.pack.cifar", "pack CIFAR-10 or CIFAR-100's binary archive"),
@@ -45,7 +48,7 @@ COMMANDS = {
     "track": ("dist_dml.tracking.sync_command", "send what MLflow has missed"),
     "ui": ("dist_dml.tracking.ui_command", "open the MLflow UI on this machine"),
 }
-GROUPS = ("pack", "classes")
+GROUPS = ("pack", "classes", "search")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
