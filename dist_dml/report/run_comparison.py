@@ -196,6 +196,8 @@ def _curves(runs: Sequence[ComparedRun], figures: FigureFolder) -> Html:
 
 def curves_figure(runs: Sequence[ComparedRun], names: Sequence[str]) -> Figure:
     """One line a run in every panel: rows are metrics, columns steps, images seen and seconds."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
     figure = new_figure(10.5, 0.5 + 2.7 * len(names))
     grid = figure.subplots(len(names), 3, squeeze=False, sharey="row")
     axes_of = (("step", "step"), ("images_seen", "images seen"), ("seconds", "training seconds"))
@@ -218,6 +220,8 @@ def curves_figure(runs: Sequence[ComparedRun], names: Sequence[str]) -> Figure:
                     label=run.name,
                 )
             dress(axes, name if attribute == "step" else "", label, "")
+            axes.xaxis.set_major_locator(MaxNLocator(5))
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             if np.any([len(line.get_xdata()) for line in axes.get_lines()]):
                 axes.set_xlim(left=0)
     handles, labels = grid[-1][0].get_legend_handles_labels()

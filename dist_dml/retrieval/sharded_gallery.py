@@ -17,10 +17,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float64, Int64
-from torch.distributed import ProcessGroup
 
 from dist_dml.errors import UsageError
-from dist_dml.parallel.collectives import gather_objects, gather_uneven, return_rows
+from dist_dml.parallel.collectives import (
+    ProcessGroup,
+    gather_objects,
+    gather_uneven,
+    return_rows,
+)
 from dist_dml.retrieval.distances import Distance
 from dist_dml.retrieval.embeddings import Embeddings, check_space
 from dist_dml.retrieval.exact_values import as_tensor, merge_nearest
