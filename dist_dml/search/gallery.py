@@ -130,8 +130,8 @@ def gallery_of_table(read: EmbeddingTable, data: Index | None) -> Gallery:
     Raises:
         UsageError: an id is none of the data set.
     """
-    texts = [str(value) for value in read.label_values]
     rows = _image_rows(read, data)
+    texts = _names_of_labels(read, data, rows)
     table = _table(read.id_values, texts, read.embeddings.labels, rows, read.metadata)
     return Gallery(read.embeddings, texts, table, "images", data)
 
@@ -157,6 +157,20 @@ def gallery_of_exported(path: Path, width: int | None) -> Gallery:
     absent = np.full(len(each), -1, dtype=np.int64)
     table = _table(ids.tolist(), names, embeddings.labels, absent, metadata)
     return Gallery(embeddings, names, table, "classes", None)
+
+
+def _names_of_labels(
+    read: EmbeddingTable, data: Index | None, rows: Int64[np.ndarray, " n"]
+) -> list[str]:
+    """Labels as they are shown: names, where they are the class ids of the data set."""
+    texts = [str(value) for value in read.label_values]
+    if data is None or not read.has_ids or isinstance(read.label_values[0], str):
+        return texts
+    written = np.array(read.label_values, dtype=np.int64)
+    if not np.array_equal(written[read.embeddings.labels], data.class_id[rows]):
+        return texts
+    names = data.class_names
+    return [names[class_id] for class_id in written.tolist()]
 
 
 def _image_rows(read: EmbeddingTable, data: Index | None) -> Int64[np.ndarray, " n"]:

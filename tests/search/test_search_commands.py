@@ -28,6 +28,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     build(folder / "run", folder / "index")
     (folder / "a.png").write_bytes(png_of(7, 2))
     (folder / "text.png").write_bytes(b"no image")
+    make_run(folder / "other", load_index(folder / "data"), "run.seed=5")
+    build(embeddings(folder / "g.parquet"), folder / "file")
+    embeddings(folder / "wide.parquet", width=7)
     return folder
 
 
@@ -139,6 +142,21 @@ def test_anybodys_parquet_is_searched_with_its_ids_and_columns(tmp_path: Path, c
     assert answers[4]["neighbours"][0]["metadata"] == {"price": 4.0}
 
 
+def test_what_embed_wrote_is_searched_with_its_pictures(place: Path, tmp_path: Path) -> None:
+    run, out = str(place / "run"), str(tmp_path / "embedded")
+    assert main(["embed", run, "--out", out, "--split", "train"]) == 0
+    facts = build(out, tmp_path / "index", f"--checkpoint={run}")
+    own = open_search_index(place / "index")
+    found = open_search_index(tmp_path / "index")
+    assert facts.images is not None
+    assert facts.images.fingerprint == own.facts.images.fingerprint
+    assert facts.checkpoint.embedder_sha256 == own.facts.checkpoint.embedder_sha256
+    for name in ("id", "label", "image_row"):
+        assert found.gallery[name].to_pylist() == own.gallery[name].to_pylist()
+    with pytest.raises(UsageError, match="is not the checkpoint that made the embeddings"):
+        build(out, tmp_path / "wrong", f"--checkpoint={place / 'other'}")
+
+
 def test_control_characters_of_a_label_do_not_reach_the_terminal(tmp_path: Path, capsys) -> None:
     file = embeddings(tmp_path / "g.parquet", label=["\x1b[2J\x07"] * 30)
     build(file, tmp_path / "index", "--threshold=0.5")
@@ -213,21 +231,14 @@ def test_what_cannot_be_built_is_refused_in_one_line(place, tmp_path, capsys, wo
         (["{file}", "{image}"], "does not say what embeds queries"),
     ],
 )
-def test_what_cannot_be_searched_is_refused_in_one_line(
-    place, tmp_path, capsys, words, says
-) -> None:
-    make_run(tmp_path / "other", load_index(place / "data"), "run.seed=5")
-    build(embeddings(tmp_path / "g.parquet"), tmp_path / "file")
-    capsys.readouterr()
+def test_what_cannot_be_searched_is_refused_in_one_line(place, capsys, words, says) -> None:
+    names = ("index", "run", "other", "file")
     given = [
         word.format(
-            index=place / "index",
-            run=place / "run",
             image=place / "a.png",
             text=place / "text.png",
-            wide=embeddings(tmp_path / "wide.parquet", width=7),
-            other=tmp_path / "other",
-            file=tmp_path / "file",
+            wide=place / "wide.parquet",
+            **{name: place / name for name in names},
         )
         for word in words
     ]
