@@ -18,7 +18,7 @@ STYLE = """
 * { box-sizing: border-box; }
 html { scroll-behavior: smooth; -webkit-text-size-adjust: 100%; }
 body {
-  margin: 0 auto; padding: 0 1.25rem 4rem; max-width: 74rem; background: var(--paper);
+  margin: 0 auto; padding: 0 1.25rem 4rem; max-width: 84rem; background: var(--paper);
   color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
   overflow-wrap: anywhere;
 }
@@ -48,10 +48,10 @@ section { margin-bottom: 1.6rem; }
 .headline b { display: block; font-size: 1.5rem; font-variant-numeric: tabular-nums; }
 .headline span { color: var(--soft); font-size: 0.82rem; }
 .wide { overflow-x: auto; margin: 0 0 1rem; }
-table { border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; font-size: 0.86rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding: 0 0 0.4rem; caption-side: top; }
 th, td {
-  padding: 0.35rem 0.7rem; text-align: right; border-bottom: 1px solid var(--line);
+  padding: 0.35rem 0.5rem; text-align: right; border-bottom: 1px solid var(--line);
   vertical-align: top; overflow-wrap: normal; white-space: nowrap;
 }
 th { font-weight: 600; }
