@@ -15,7 +15,6 @@ from dist_dml.class_config import ClassesConfig
 from dist_dml.config_types import Count, Fraction, NonNegative, Positive, Section
 from dist_dml.data_config import DataConfig
 from dist_dml.evaluation_config import EvaluationConfig
-from dist_dml.evaluation_config import ProtocolConfig as ProtocolConfig
 from dist_dml.loss_config import LossConfig
 from dist_dml.loss_tables import COUPLED_LOSSES
 from dist_dml.proxy_config import ProxyConfig, proxy_refusal

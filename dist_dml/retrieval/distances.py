@@ -18,6 +18,7 @@ from jaxtyping import Float32
 from dist_dml.errors import UsageError
 from dist_dml.metric_parameters import MetricParameters, parse_metric
 
+_ROWS = 8192
 Vectors = Float32[np.ndarray, "n D"]
 Space = Literal["embedding", "log_probability", "top_log_probability"]
 
@@ -57,10 +58,14 @@ class Distance:
 
 def unit_length(vectors: Vectors) -> Vectors:
     """Each row divided by its l2 norm, which is taken in float64; a zero row stays zero."""
-    norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))
-    norms = np.where(norms > 0, norms, 1.0)[:, None]
-    # Casting while dividing avoids a float64 copy of a large gallery.
-    return np.divide(vectors, norms, out=np.empty_like(vectors), casting="same_kind")
+    result = np.empty_like(vectors)
+    # Part by part: numpy would hold a float64 copy of a whole gallery.
+    for start in range(0, len(vectors), _ROWS):
+        rows = vectors[start : start + _ROWS]
+        norms = np.sqrt(np.einsum("nd,nd->n", rows, rows, dtype=np.float64))
+        norms = np.where(norms > 0, norms, 1.0)[:, None]
+        np.divide(rows, norms, out=result[start : start + _ROWS], casting="same_kind")
+    return result
 
 
 def unchanged(vectors: Vectors) -> Vectors:

@@ -70,8 +70,11 @@ class Move:
 
 
 def _distances(gallery: np.ndarray, mean: np.ndarray) -> Float64[np.ndarray, " g"]:
-    parts = [gallery[i : i + _ROWS] - mean for i in range(0, len(gallery), _ROWS)]
-    return np.sqrt(np.concatenate([np.einsum("nd,nd->n", part, part) for part in parts]))
+    squares = np.empty(len(gallery))
+    for start in range(0, len(gallery), _ROWS):
+        part = gallery[start : start + _ROWS] - mean
+        squares[start : start + _ROWS] = np.einsum("nd,nd->n", part, part)
+    return np.sqrt(squares)
 
 
 @dataclass(frozen=True)

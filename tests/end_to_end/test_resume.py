@@ -36,7 +36,6 @@ def last_step(root: Path, name: str) -> int:
     ("kind", "workers", "extra"),
     [
         ("python", 1, []),
-        ("torchrun", 2, []),
         ("torchrun", 3, []),
         ("deepspeed", 2, ["engine.zero_stage=2"]),
     ],

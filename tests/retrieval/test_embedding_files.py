@@ -203,7 +203,7 @@ def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UsageError, match="cannot read a.parquet"):
+    with pytest.raises(UsageError, match=r"cannot read a\.parquet"):
         read_embeddings(path)
 
 
