@@ -52,7 +52,7 @@ test: $(READY)
 
 test-slow: $(READY)
 	@echo "== test-slow: several processes, injected faults, documented commands"
-	$(BIN)/python -m pytest -m slow -n $(TEST_PROCESSES) --dist loadfile --durations=15
+	$(BIN)/python -m pytest -m slow -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations=15
 
 browser:
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || \

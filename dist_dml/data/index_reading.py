@@ -154,7 +154,7 @@ def read_columns(root: Path, metadata: Mapping[str, Any]) -> dict[str, np.ndarra
             _check_stamp(root, INDEX_FILE, stamp_of(file), metadata, both)
             types = {name: pyarrow.from_numpy_dtype(kind) for name, kind in COLUMNS.items()}
             _check_rows(file, {"key": pyarrow.string(), **types}, metadata["num_samples"])
-            columns = {name: file.read([name])[name].to_numpy() for name in COLUMNS}
+            columns = {name: _numbers(file.read([name])[name], name) for name in COLUMNS}
         _check_values(columns, metadata)
     except UsageError:
         raise
@@ -162,6 +162,19 @@ def read_columns(root: Path, metadata: Mapping[str, Any]) -> dict[str, np.ndarra
         raise UsageError(f"data.path={root}: {error}; {remedy(root)}") from None
     pyarrow.default_memory_pool().release_unused()
     return columns
+
+
+def _numbers(column: Any, name: str) -> np.ndarray:
+    """A pyarrow column as numpy has it.
+
+    By DLPack: pyarrow's own `to_numpy` imports pandas first, a second of every worker's start.
+    """
+    if column.null_count:
+        raise ValueError(f"{name} has rows without a value")
+    parts = [np.from_dlpack(chunk) for chunk in column.chunks]
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate([np.empty(0, COLUMNS[name]), *parts])
 
 
 def read_texts(root: Path, name: str, column: str) -> Any:

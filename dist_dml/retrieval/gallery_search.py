@@ -29,7 +29,7 @@ class SearchSettings:
 
     Attributes:
         backend: `native` (C++ kernels, CPU), `torch` (any device), `faiss` (CPU), `faiss_gpu`, or
-            `auto`: torch on a GPU, native on a CPU that has a compiler, else torch.
+            `auto`: torch on a GPU, native on a CPU that has a compiler, else FAISS.
         memory_bytes: what a search may hold beyond vectors and results. `torch` and the FAISS ones
             hold a moved copy of the gallery besides.
         device: where torch multiplies; None is the CPU.
@@ -93,6 +93,7 @@ def open_gallery(
             return NativeSearch(library, gallery, ids, squares, memory_bytes)
         if backend == "native":
             raise UsageError(f"evaluation.search_backend=native cannot be had: {library}; use auto")
+        backend = "faiss"
     # bfloat16 products that add up in float32 are there on GPUs alone.
     half = backend in ("auto", "torch") and place.type == "cuda"
     dtype = torch.bfloat16 if half else torch.float32

@@ -151,11 +151,11 @@ def test_every_order_trains_alike_on_any_layout_and_resumes_on_another(
     arguments = [*TRAINING, "checkpoint.every_epochs=0", *order]
     one = launcher.run("python", 1, "run.name=one", *arguments)
     assert one.exit_code == 0, one.output
-    two = launcher.run("torchrun", 2, "run.name=two", "data.loader_processes=1", *arguments)
+    two = launcher.run("by hand", 2, "run.name=two", "data.loader_processes=1", *arguments)
     assert two.exit_code == 0, two.output
     middle = launcher.root / "two" / "checkpoints" / "step-000000004"
     three = launcher.run(
-        *("torchrun", 3, "run.name=three", "--resume", str(middle)),
+        *("by hand", 3, "run.name=three", "--resume", str(middle)),
         *("data.loader_processes=2", *arguments),
     )
     assert three.exit_code == 0, three.output

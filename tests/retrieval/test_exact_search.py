@@ -197,13 +197,15 @@ def test_an_answer_does_not_depend_on_block_threads_or_memory():
         torch.set_num_threads(threads)
 
 
-def test_without_a_compiler_torch_searches_and_native_says_why_it_cannot(monkeypatch):
+def test_without_a_compiler_faiss_searches_and_native_says_why_it_cannot(monkeypatch):
     vectors, ids = np.eye(4, dtype=np.float32), np.arange(4)
     expected = exact_neighbours(vectors, vectors, 2, DISTANCES["cosine"], ids, ids)
     monkeypatch.setenv("DIST_DML_NATIVE", "0")
     found = exact_neighbours(vectors, vectors, 2, DISTANCES["cosine"], ids, ids)
     np.testing.assert_array_equal(found[0], expected[0])
-    assert isinstance(open_gallery(vectors, ids, False), CandidateSearch)
+    search = open_gallery(vectors, ids, False)
+    assert isinstance(search, CandidateSearch)
+    assert isinstance(search._source, FaissScores)
     with pytest.raises(UsageError, match=r"search_backend=native cannot be had: .*NATIVE=0"):
         open_gallery(vectors, ids, False, SearchSettings("native"))
     with pytest.raises(UsageError, match="'cuda' is unknown; use auto"):
