@@ -30,6 +30,7 @@ from dist_dml.retrieval.groups import (
     scores_by_class_size,
     scores_by_group,
 )
+from dist_dml.retrieval.report import aligned_table
 
 DISTANCES = ("cosine", "l2")
 """Others compare class probabilities, which embeddings alone do not give."""
@@ -232,7 +233,7 @@ def as_text(
             rows.append(
                 [key, f"{value:,.0f}" if key.startswith("num_") else f"{value:.4f}", interval]
             )
-        texts.append(f"{title}\n{_aligned(rows)}")
+        texts.append(f"{title}\n{aligned_table(rows)}")
         if groups[name]:
             texts.append(_group_table(groups[name]))
     return "\n\n".join(texts)
@@ -251,17 +252,4 @@ def _group_table(groups: Sequence[GroupScores]) -> str:
         counts = (group.num_queries, group.num_queries_without_match, group.num_classes)
         rows.append([name, *(f"{count:,}" for count in counts), *scores])
     more = len(groups) - len(kept)
-    return _aligned(rows) + (f"\nand {more:,} smaller groups: see --json" if more else "")
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
-    return "\n".join(lines)
+    return aligned_table(rows) + (f"\nand {more:,} smaller groups: see --json" if more else "")

@@ -22,7 +22,7 @@ from dist_dml.report.pictures import dress, new_figure
 from dist_dml.report.run_significance import Tested, paired_tests
 from dist_dml.report.scores_section import heading
 from dist_dml.report.significance import CONFIDENCE, DRAWS
-from dist_dml.retrieval.report import LINE_COLOURS
+from dist_dml.retrieval.report import LINE_COLOURS, aligned_table
 from dist_dml.tracking.plots import running_mean
 from dist_dml.whole_files import write_text
 
@@ -78,28 +78,15 @@ def comparison_text(
                 for value, mark in zip(row, marks, strict=True)
             ]
             lines.append([run.name, *cells])
-        parts.append(f"{protocol}, {distance}\n{_aligned(lines)}")
+        parts.append(f"{protocol}, {distance}\n{aligned_table(lines)}")
     if tests:
         lines = [["significance", "difference", "95% interval", "p", "p of all"]]
         for one in tests:
             title = f"{one.second} - {one.first}: {one.protocol}/{one.distance}/{one.score}"
             lines.append([title, *_test_cells(one)])
-        parts.append(_aligned(lines))
+        parts.append(aligned_table(lines))
     parts += [f"no significance: {reason}" for reason in reasons]
     return "\n\n".join(parts)
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    texts = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-    texts.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
-    return "\n".join(texts)
 
 
 def _number(value: float | None) -> str:

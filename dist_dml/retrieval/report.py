@@ -244,6 +244,15 @@ def score_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     for row, scores in rows.items():
         cells = [f"{scores[name]:.4f}" if name in scores else "-" for name in columns]
         lines.append([row, *cells])
+    return aligned_table(lines)
+
+
+def aligned_table(lines: Sequence[Sequence[str]]) -> str:
+    """Plain text: the first column to the left, the others to the right, a rule below the heads.
+
+    Args:
+        lines: heads first; as many cells in each.
+    """
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     texts = [
         "  ".join(
