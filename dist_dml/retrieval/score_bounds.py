@@ -34,7 +34,7 @@ _ROWS = 8192
 _FAR = 8.0
 """Times the median distance from the mean."""
 _MOST_FAR = 64
-"""Items that every query is compared with: 4 microseconds at 512 dimensions."""
+"""Items that every query may be compared with in float64 besides: as many as it has candidates."""
 _BELOW_ALL = -3e38
 """The score of a far item, whose true one nobody asks for."""
 

@@ -346,26 +346,54 @@ inline void search_candidates(const Gallery& gallery, const Queries& queries) {
   });
 }
 
-// Every value in float64, for the queries whose `crowded` is 1, which becomes 0.
+// The nearest so far of a query that is compared with every item.
+class NearestSoFar {
+ public:
+  explicit NearestSoFar(int64_t kept) : kept_(kept), most_(std::max<int64_t>(4 * kept, 1024)) {}
+
+  void add(const Ranked& one) {
+    if (is_full_ && !(one < last_)) return;
+    best_.push_back(one);
+    if (static_cast<int64_t>(best_.size()) < most_) return;
+    std::nth_element(best_.begin(), best_.begin() + (kept_ - 1), best_.end());
+    best_.resize(kept_);
+    last_ = best_.back();
+    is_full_ = true;
+  }
+
+  std::vector<Ranked>& found() { return best_; }
+
+ private:
+  int64_t kept_, most_;
+  bool is_full_ = false;
+  Ranked last_{};
+  std::vector<Ranked> best_;
+};
+
+// Every value in float64, for the queries whose `crowded` is 1, which becomes 0. Some queries go
+// over the gallery together: a tile of items stays in the cache for them.
 inline void search_all(const Gallery& gallery, const Queries& queries) {
+  constexpr int64_t kTogether = 32, kTile = 64;
   std::atomic<int64_t> next{0};
-  int64_t most = std::max<int64_t>(4 * (queries.k + 1), 1024);
   Pool::of_process().run(static_cast<int>(gallery.num_threads), [&](int) {
     WithSubnormals exact;
-    std::vector<Ranked> best;
-    for (int64_t row = next.fetch_add(1); row < queries.num_queries; row = next.fetch_add(1)) {
-      if (!queries.crowded[row]) continue;
-      const float* query = queries.rows + row * gallery.num_features;
-      int64_t kept = std::min<int64_t>(queries.k + 1, gallery.num_items);
-      best.clear();
-      for (int64_t j = 0; j < gallery.num_items; ++j) {
-        best.push_back(ranked(gallery, query, j));
-        if (static_cast<int64_t>(best.size()) < most) continue;
-        std::nth_element(best.begin(), best.begin() + (kept - 1), best.end());
-        best.resize(kept);
+    int64_t kept = std::min<int64_t>(queries.k + 1, gallery.num_items);
+    for (int64_t first = next.fetch_add(kTogether); first < queries.num_queries;
+         first = next.fetch_add(kTogether)) {
+      std::vector<int64_t> rows;
+      for (int64_t row = first; row < std::min(first + kTogether, queries.num_queries); ++row)
+        if (queries.crowded[row]) rows.push_back(row);
+      std::vector<NearestSoFar> nearest(rows.size(), NearestSoFar(kept));
+      for (int64_t tile = 0; tile < gallery.num_items; tile += kTile)
+        for (size_t i = 0; i < rows.size(); ++i) {
+          const float* query = queries.rows + rows[i] * gallery.num_features;
+          for (int64_t j = tile; j < std::min(tile + kTile, gallery.num_items); ++j)
+            nearest[i].add(ranked(gallery, query, j));
+        }
+      for (size_t i = 0; i < rows.size(); ++i) {
+        write_best(gallery, queries, rows[i], nearest[i].found());
+        queries.crowded[rows[i]] = 0;
       }
-      write_best(gallery, queries, row, best);
-      queries.crowded[row] = 0;
     }
   });
 }
