@@ -21,10 +21,10 @@ from dist_dml.data.index import Index
 from dist_dml.data.loader import image_batches
 from dist_dml.data.progress import ProgressLine
 from dist_dml.keyed_random import generator, key_of
-from dist_dml.measurement import embed_with
 from dist_dml.models.embedder import build_embedder
 from dist_dml.parallel.class_init import initial_rows
 from dist_dml.parallel.world import Ranks, start_world
+from dist_dml.split_embedding import embed_with
 
 # Old weights whose norms tell how long a new one is.
 _NORM_ROWS = 4096

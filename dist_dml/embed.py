@@ -36,10 +36,10 @@ from dist_dml.embedding_parts import Samples, claim_folder, embed_parts
 from dist_dml.entry import add_config_arguments, run_worker
 from dist_dml.errors import UsageError
 from dist_dml.evaluate import choose_checkpoint, use_config_of_run
-from dist_dml.measurement import embed_with
 from dist_dml.models.embedder import build_embedder
 from dist_dml.parallel.world import World
 from dist_dml.retrieval.embedding_manifest import EmbeddingJob, file_digest
+from dist_dml.split_embedding import embed_with
 
 PART_ROWS = 16_384
 """Samples of a part, about; 32 MiB at 512 float32. A kill costs a worker at most one."""

@@ -24,7 +24,6 @@ from dist_dml.data.locked_files import HolderStalled, locked_file
 from dist_dml.data.parquet_files import open_parquet, stamp_of
 from dist_dml.data.progress import ProgressLine
 from dist_dml.errors import RunError, UsageError
-from dist_dml.measurement import Embed
 from dist_dml.parallel.collectives import gather_objects
 from dist_dml.parallel.world import World
 from dist_dml.retrieval.embedding_columns import ColumnNames, read_columns, read_footer
@@ -40,6 +39,7 @@ from dist_dml.retrieval.embedding_manifest import (
     read_job,
 )
 from dist_dml.retrieval.embeddings import Embeddings
+from dist_dml.split_embedding import Embed
 from dist_dml.whole_files import write_json
 
 _LOCK_FILE = ".lock"

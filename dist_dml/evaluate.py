@@ -32,13 +32,7 @@ from dist_dml.evaluate_embeddings import (
     check_file_arguments,
     evaluate_files,
 )
-from dist_dml.measurement import (
-    Model,
-    check_evaluation,
-    embed_pixels,
-    embed_with,
-    measure_model,
-)
+from dist_dml.measurement import check_evaluation, measure_model
 from dist_dml.models.embedder import build_embedder
 from dist_dml.parallel.class_partition import ClassPartition
 from dist_dml.parallel.classifier import ClassParallelClassifier
@@ -48,6 +42,8 @@ from dist_dml.report.evaluation_files import tables
 from dist_dml.report.evaluation_report import FILE as REPORT_FILE
 from dist_dml.report.evaluation_report import write_files, write_report
 from dist_dml.retrieval.distances import named_distance
+from dist_dml.split_embedding import embed_pixels, embed_with
+from dist_dml.split_vectors import Model
 
 
 def load_for_evaluation(
@@ -126,10 +122,11 @@ def _evaluate(resolved: Resolved, world: World, arguments: argparse.Namespace) -
     check_evaluation(index, config, index.num_classes, world.ranks.local_size)
     rows: dict[str, dict[str, float]] = {}
     if arguments.baselines:
-        pixels = measure_model(Model(embed_pixels), index, config, world, nmi=False)
+        pixels = measure_model(Model(embed_pixels), index, config, world, nmi=False, whole=False)
         blank = load_for_evaluation(config, world, None, index)
         rows["pixels"] = pixels.scores
-        rows["untrained"] = measure_model(blank, index, config, world, nmi=False).scores
+        bare = measure_model(blank, index, config, world, nmi=False, whole=False)
+        rows["untrained"] = bare.scores
     model = load_for_evaluation(config, world, found, index)
     name = "trained" if arguments.baselines else checkpoint.name
     measured = measure_model(model, index, config, world, config.evaluation.nmi)

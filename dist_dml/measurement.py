@@ -1,36 +1,28 @@
 """From a model to scores: vectors of each split, retrieval by each distance, certificates.
 
-Called by all workers together; every one embeds its slice and scores its slice of the queries.
+Called by all workers together: every one embeds its slice of each split, and searches it for the
+queries of all.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import psutil
 import torch
-from torch import Tensor
 
 from dist_dml.config import Config
 from dist_dml.data.index import Index
-from dist_dml.data.loader import evaluation_batches
-from dist_dml.data.plan import row_counts, worker_slice
-from dist_dml.engine import autocast
-from dist_dml.errors import RunError, UsageError
+from dist_dml.data.plan import worker_slice
+from dist_dml.errors import UsageError
 from dist_dml.evaluation_config import ProtocolConfig
 from dist_dml.losses.metric_space import MetricLoss
 from dist_dml.metric_parameters import parse_metric
-from dist_dml.models.embedder import Embedder
-from dist_dml.parallel.class_scores import (
-    label_distances,
-    log_probabilities,
-    top_log_probabilities,
-)
+from dist_dml.parallel.class_scores import label_distances
 from dist_dml.parallel.classifier import ClassParallelClassifier
-from dist_dml.parallel.collectives import gather_objects, gather_uneven
+from dist_dml.parallel.collectives import gather_objects
 from dist_dml.parallel.world import World
 from dist_dml.retrieval.certificates import Certificate, certify
 from dist_dml.retrieval.distances import Distance, named_distance
@@ -41,18 +33,12 @@ from dist_dml.retrieval.gallery_search import SearchSettings
 from dist_dml.retrieval.metrics import QueryScores, score_names, summarise
 from dist_dml.retrieval.protocol import score_slice
 from dist_dml.retrieval.ranking import top_agreement
+from dist_dml.retrieval.sharded_gallery import score_sharded
+from dist_dml.retrieval.sharded_hits import complete_sharded_hits
 from dist_dml.retrieval.verification import Verification
+from dist_dml.split_vectors import Key, Model, SplitVectors, key_of
 
-Embed = Callable[[Tensor], Tensor]
 _AGREEMENT_QUERIES = 512
-
-
-@dataclass(frozen=True)
-class Model:
-    """What is measured: images to embeddings and, where there is one, the classifier behind."""
-
-    embed: Embed
-    classifier: ClassParallelClassifier | None = None
 
 
 @dataclass(frozen=True)
@@ -60,8 +46,8 @@ class Measurement:
     """Scores as `protocol/distance/score`, the same on every worker, and what they came from."""
 
     scores: dict[str, float] = field(default_factory=dict)
-    vectors: dict[tuple[str, str, int], Embeddings] = field(default_factory=dict)
-    """By split, space and number of kept classes."""
+    vectors: dict[Key, Embeddings] = field(default_factory=dict)
+    """Whole splits, by `split_vectors.key_of`, on the first worker and where it was asked for."""
     certified: dict[str, tuple[np.ndarray, np.ndarray, MetricLoss]] = field(default_factory=dict)
     """Epsilons, whether each image is classified correctly, and the loss, by the metric's text."""
     certificates: dict[str, Certificate] = field(default_factory=dict)
@@ -74,56 +60,7 @@ class Measurement:
 
     def of(self, split: str, distance: Distance) -> Embeddings:
         """The vectors of a split that a distance compares."""
-        return self.vectors[split, distance.space, distance.top]
-
-
-def embed_with(embedder: Embedder, config: Config, world: World) -> Embed:
-    """Retrieval features of uint8 images, under the precision of training, without dropout."""
-
-    def embed(images: Tensor) -> Tensor:
-        with torch.inference_mode(), autocast(config, world.device):
-            return embedder(images.to(world.device, non_blocking=True))
-
-    return embed
-
-
-def embed_pixels(images: Tensor) -> Tensor:
-    """The baseline without a network: the image itself as a vector."""
-    return images.flatten(1).float() / 255
-
-
-def embed_split(embed: Embed, index: Index, split: str, config: Config, world: World) -> Embeddings:
-    """Embeddings of a whole split, on every worker; each embeds its slice.
-
-    Damaged images are left out, never replaced: the result then has fewer rows than the split.
-    Costs one pass over the slice and an all-gather of the embeddings: N * D * 4 bytes a worker.
-
-    Raises:
-        RunError: if no image of the split can be read.
-    """
-    ids = index.select(split)
-    counts = row_counts(len(ids), world.size)
-    batches = evaluation_batches(
-        index, split, config.data, config.evaluation.batch_size, world.rank, world.size
-    )
-    parts, readable = [], []
-    for batch in batches:
-        parts.append(embed(batch.images).float())
-        readable.append(batch.readable)
-    if not parts:  # More workers than images: learn the width from a blank one.
-        image = config.data.image
-        blank = torch.zeros(1, image.channels, image.size, image.size, dtype=torch.uint8)
-        parts, readable = [embed(blank).float()[:0]], [torch.zeros(0, dtype=torch.bool)]
-    vectors = gather_uneven(torch.cat(parts).to(world.device), counts, world.group).cpu()
-    own = torch.cat(readable).to(world.device, torch.uint8)
-    kept = gather_uneven(own, counts, world.group).cpu().bool().numpy()
-    if not kept.any():
-        raise RunError(
-            f"none of the {len(ids)} images of split {split} can be read; `dist-dml verify "
-            f"{index.folder}` tells why"
-        )
-    ids = ids[kept].astype(np.int64)
-    return Embeddings(vectors.numpy()[kept], index.class_id[ids], ids)
+        return self.vectors[key_of(split, distance)]
 
 
 def search_settings(config: Config, world: World) -> SearchSettings:
@@ -133,66 +70,107 @@ def search_settings(config: Config, world: World) -> SearchSettings:
 
 
 def measure_model(
-    model: Model, index: Index, config: Config, world: World, nmi: bool
+    model: Model, index: Index, config: Config, world: World, nmi: bool, whole: bool = True
 ) -> Measurement:
-    """All scores of all protocols and distances, and the certificates.
+    """All scores of all protocols and distances, and the certificates; called by all workers.
 
-    The queries are divided among the workers. With `nmi`, also what costs a pass of its own: the
-    mean reciprocal rank, and on worker 0 alone NMI and AMI and verification. Distances between
-    class probabilities are left out for a model without a classifier.
+    Every worker keeps the embeddings of its slice: the gallery stays divided and queries travel.
+    Whole splits are held by the first worker, if asked for, and by all of them where a distance or
+    a certificate is made of class probabilities: classes are divided, so rows are not.
+
+    Args:
+        model: what is measured; without a classifier, distances between class probabilities are
+            left out.
+        index: the data.
+        config: says what is measured.
+        world: the workers.
+        nmi: also what costs a pass of its own: the mean reciprocal rank, and on the first worker
+            alone NMI and AMI and verification.
+        whole: leave the splits' vectors in `Measurement.vectors` on the first worker, for pictures
+            and files. With `nmi` they are there anyway.
     """
     found = Measurement()
-
-    def vectors_of(split: str, distance: Distance) -> Embeddings:
-        key = (split, distance.space, distance.top)
-        if key not in found.vectors:
-            if distance.space == "embedding":
-                found.vectors[key] = embed_split(model.embed, index, split, config, world)
-                found.left_out[split] = len(index.select(split)) - len(found.vectors[key])
-            else:
-                plain = vectors_of(split, named_distance("l2"))
-                found.vectors[key] = _class_vectors(plain, model.classifier, distance)
-        return found.vectors[key]
-
-    distances = [named_distance(text) for text in config.evaluation.distances]
-    settings = search_settings(config, world)
+    vectors = SplitVectors(model, index, config, world)
+    named = [named_distance(text) for text in config.evaluation.distances]
+    classless = model.classifier is None
+    distances = [one for one in named if one.space == "embedding" or not classless]
     for protocol in config.evaluation.protocols:
         for distance in distances:
-            if distance.space != "embedding" and model.classifier is None:
-                continue
-            queries = vectors_of(protocol.query, distance)
-            gallery = vectors_of(protocol.gallery, distance) if protocol.gallery else None
-            mine = worker_slice(len(queries), world.rank, world.size)
-            part = score_slice(
-                queries, gallery, mine, distance, config.evaluation.recall_at, settings
-            )
-            if nmi:
-                searched = queries if gallery is None else gallery
-                part = complete_first_hits(part, queries.rows(mine), searched, distance)
+            part = _score(vectors, protocol, distance, nmi)
             every = QueryScores.concatenate(gather_objects(part, world.group))
             found.query_scores[protocol.name, distance.name] = every
-            prefix = f"{protocol.name}/{distance.name}"
+            if nmi or whole:
+                _keep(found, vectors, protocol, distance)
+            summary = summarise(every)
             if nmi and world.is_first:
-                recall_at, seed = config.evaluation.recall_at, config.run.seed
-                # Intervals are the report's: they follow from `query_scores`.
-                options = ScoreOptions(recall_at, nmi=True, seed=seed, resamples=0)
-                full = scores_of_queries(every, queries, gallery, distance, options)
-                summary = full.scores | _agreement(found, protocol, distance, distances)
-                if full.verification is not None:
-                    found.verifications[protocol.name, distance.name] = full.verification
-            else:
-                summary = summarise(every)
+                summary = _summary_with_passes(found, protocol, distance, config)
+            prefix = f"{protocol.name}/{distance.name}"
             found.scores.update({f"{prefix}/{key}": value for key, value in summary.items()})
+        if nmi and world.is_first:
+            for distance in distances:
+                found.scores.update(_agreement(found, protocol, distance, distances))
     if model.classifier is not None:
         for text in config.evaluation.certificates:
             split = config.evaluation.certificate_split
-            known = vectors_of(split, named_distance("l2"))
+            known = vectors.everywhere(split, named_distance("l2"))
             _certify(found, known, model.classifier, text, split)
+    found.left_out.update(vectors.left_out)
     for split, count in found.left_out.items():
         if count:
             found.scores[f"data/left_out/{split}"] = float(count)
     scores = gather_objects(found.scores, world.group)[0]
     return replace(found, scores=scores)
+
+
+def _keep(
+    found: Measurement, vectors: SplitVectors, protocol: ProtocolConfig, distance: Distance
+) -> None:
+    """Leave what the distance compares, and the embeddings behind, with the first worker."""
+    for split in filter(None, (protocol.query, protocol.gallery)):
+        for each in (distance, named_distance("l2")):
+            kept = vectors.on_first(split, each)
+            if kept is not None:
+                found.vectors[key_of(split, each)] = kept
+
+
+def _summary_with_passes(
+    found: Measurement, protocol: ProtocolConfig, distance: Distance, config: Config
+) -> dict[str, float]:
+    """All scores of one distance, and what only the first worker measures."""
+    every = found.query_scores[protocol.name, distance.name]
+    queries = found.of(protocol.query, distance)
+    gallery = found.of(protocol.gallery, distance) if protocol.gallery else None
+    # Intervals are the report's: they follow from `query_scores`.
+    options = ScoreOptions(config.evaluation.recall_at, nmi=True, seed=config.run.seed, resamples=0)
+    full = scores_of_queries(every, queries, gallery, distance, options)
+    if full.verification is not None:
+        found.verifications[protocol.name, distance.name] = full.verification
+    return full.scores
+
+
+def _score(
+    vectors: SplitVectors, protocol: ProtocolConfig, distance: Distance, nmi: bool
+) -> QueryScores:
+    """The scores of this worker's queries."""
+    config, world = vectors.config, vectors.world
+    recall_at, settings = config.evaluation.recall_at, search_settings(config, world)
+    if distance.space == "embedding":
+        queries = vectors.mine(protocol.query)
+        gallery = vectors.mine(protocol.gallery) if protocol.gallery else None
+        part = score_sharded(queries, gallery, distance, recall_at, world.group, settings)
+        if nmi:
+            part = complete_sharded_hits(
+                part, queries, gallery, distance, world.group, settings.device
+            )
+        return part
+    queries = vectors.everywhere(protocol.query, distance)
+    gallery = vectors.everywhere(protocol.gallery, distance) if protocol.gallery else None
+    mine = worker_slice(len(queries), world.rank, world.size)
+    part = score_slice(queries, gallery, mine, distance, recall_at, settings)
+    if nmi:
+        searched = queries if gallery is None else gallery
+        part = complete_first_hits(part, queries.rows(mine), searched, distance)
+    return part
 
 
 def _agreement(
@@ -206,23 +184,9 @@ def _agreement(
     gallery = found.of(protocol.gallery, full[0]) if protocol.gallery else queries
     # Both searches once more, so of no more queries than the comparison needs.
     step = max(1, len(queries) // _AGREEMENT_QUERIES)
-    return top_agreement(queries.rows(slice(0, None, step)), gallery, distance)
-
-
-def _class_vectors(
-    embeddings: Embeddings, classifier: ClassParallelClassifier | None, distance: Distance
-) -> Embeddings:
-    """Log-probabilities of all classes, or of the largest ones with their ids."""
-    assert classifier is not None
-    rows = classifier.rows_for_scores(torch.from_numpy(embeddings.vectors))
-    problem = classifier.problem()
-    labels, ids = embeddings.labels, embeddings.ids
-    if distance.space == "log_probability":
-        values = log_probabilities(rows, problem).float().cpu().numpy()
-        return Embeddings(np.ascontiguousarray(values), labels, ids)
-    top = min(distance.top, classifier.partition.num_classes)
-    values, classes = top_log_probabilities(rows, problem, top)
-    return Embeddings(values.float().cpu().numpy(), labels, ids, classes.cpu().numpy())
+    agreement = top_agreement(queries.rows(slice(0, None, step)), gallery, distance)
+    prefix = f"{protocol.name}/{distance.name}"
+    return {f"{prefix}/{key}": value for key, value in agreement.items()}
 
 
 def _certify(

@@ -23,11 +23,11 @@ from dist_dml.data.progress import ProgressLine
 from dist_dml.data.reader import open_reader
 from dist_dml.keyed_random import key_of, keyed_uniform, row_keys
 from dist_dml.losses.ccp_states import PoolDrawn
-from dist_dml.measurement import Embed, embed_with
 from dist_dml.models.embedder import Embedder
 from dist_dml.parallel.class_partition import ClassPartition
 from dist_dml.parallel.proxy_head import ProxyHead
 from dist_dml.parallel.world import World
+from dist_dml.split_embedding import Embed, embed_with
 
 # Of images without any that can be read in their class.
 _NONE = -1

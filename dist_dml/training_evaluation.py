@@ -7,11 +7,13 @@ import time
 from dist_dml.checkpoint_manifest import Progress
 from dist_dml.config import Config
 from dist_dml.journal import Journal
-from dist_dml.measurement import Model, embed_with, measure_model
+from dist_dml.measurement import measure_model
 from dist_dml.parallel.classifier import ClassParallelClassifier
 from dist_dml.parallel.world import World
 from dist_dml.report.evaluation_files import tables, write_certificates, write_gallery
 from dist_dml.resources import peak_mebibytes
+from dist_dml.split_embedding import embed_with
+from dist_dml.split_vectors import Model
 from dist_dml.training_run import TrainingRun
 
 
@@ -29,7 +31,7 @@ def evaluate(
     model = Model(embed_with(embedder, config, world), classifier)
     nmi = config.evaluation.nmi and ends_run
     started = time.perf_counter()
-    measured = measure_model(model, run.index, config, world, nmi)
+    measured = measure_model(model, run.index, config, world, nmi, whole=ends_run)
     scores = measured.scores
     seconds = time.perf_counter() - started
     costs = {"evaluation/seconds": seconds, "memory/peak_mebibytes": peak_mebibytes(world)}

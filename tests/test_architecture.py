@@ -57,6 +57,8 @@ LEVELS = {
             "comparison_plan",
             "comparison_table",
             "measurement",
+            "split_embedding",
+            "split_vectors",
             "embed",
             "embedding_parts",
             "evaluate_embeddings",

@@ -22,10 +22,10 @@ from dist_dml.data.index_command import build_index
 from dist_dml.data.shards import write_shard
 from dist_dml.embedding_parts import claim_folder, embed_parts
 from dist_dml.errors import RunError, UsageError
-from dist_dml.measurement import embed_pixels, embed_split
 from dist_dml.parallel.world import Ranks, World
 from dist_dml.retrieval.embedding_files import read_embeddings
 from dist_dml.retrieval.embedding_manifest import EmbeddingJob, read_manifest
+from dist_dml.split_embedding import embed_pixels, embed_split
 
 ALONE = World(Ranks(), torch.device("cpu"), None, None)
 CONFIG: Config = resolve(

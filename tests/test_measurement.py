@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from worker_group import run_workers
 
 from dist_dml.config import Config
 from dist_dml.config_loading import resolve
@@ -12,12 +15,14 @@ from dist_dml.data.index import Index, load_index
 from dist_dml.data.pack.digits import pack_digits
 from dist_dml.errors import UsageError
 from dist_dml.losses.metric_space import MetricLoss
-from dist_dml.measurement import Model, check_evaluation, embed_pixels, measure_model
+from dist_dml.measurement import check_evaluation, measure_model
 from dist_dml.parallel.class_partition import ClassPartition
 from dist_dml.parallel.classifier import ClassParallelClassifier
 from dist_dml.parallel.world import Ranks, World
 from dist_dml.retrieval.distances import named_distance
 from dist_dml.retrieval.full_scores import ScoreOptions, score_everything
+from dist_dml.split_embedding import embed_pixels
+from dist_dml.split_vectors import Model
 from dist_dml.training_run import starting_loss_warning
 
 PIXELS = 64
@@ -122,6 +127,62 @@ def test_the_last_evaluation_measures_what_costs_a_pass_and_the_others_do_not(
     extra = {name.split("/")[2] for name in set(last.scores) - set(often.scores)}
     assert {"mean_reciprocal_rank", "nmi", "ami", "tar_at_far_0.001", "roc_auc"} < extra
     assert often.scores.items() < last.scores.items()
+
+
+def test_a_partial_distance_may_be_named_before_the_full_one(digits: Index) -> None:
+    config = config_of(
+        digits,
+        'evaluation.distances=["metric(p=0.5,top=3)", "metric(p=0.5)"]',
+        "loss.init_std=1",
+    )
+    classifier = ClassParallelClassifier(
+        PIXELS, ClassPartition.of_worker(0, 1, 10), config.loss, config.optimizer, 0, 64
+    )
+    measured = measure_model(Model(embed_pixels, classifier), digits, config, WORLD, nmi=True)
+    assert 0 < measured.scores["seen/metric_p0.5_top3/rank_overlap_at_10"] <= 1
+
+
+def measured_by(rank, num_workers, group, folder, settings, whole):
+    index = load_index(folder)
+    config = config_of(index, *settings)
+    world = World(Ranks(rank, num_workers, rank, num_workers), torch.device("cpu"), group, None)
+    partition = ClassPartition.of_worker(rank, num_workers, 10, group)
+    classifier = ClassParallelClassifier(
+        PIXELS, partition, config.loss, config.optimizer, config.run.seed, 64
+    )
+    model = Model(embed_pixels, classifier)
+    found = measure_model(model, index, config, world, nmi=whole, whole=whole)
+    ids = {key: of.ids for key, of in found.vectors.items()}
+    return found.scores, ids, found.query_scores["seen", "cosine"]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_workers_measure_what_one_process_does_and_the_first_alone_holds_all(
+    digits: Index, tmp_path: Path, whole: bool
+) -> None:
+    settings = (
+        "evaluation.distances=[cosine, l2]",
+        'evaluation.certificates=["metric(p=0.5)"]' if whole else "evaluation.certificates=[]",
+        "loss.init_std=1",
+        "data.loader_processes=0",
+    )
+    [(expected, _, queries)] = run_workers(measured_by, 1, tmp_path, digits.folder, settings, whole)
+    names = {"seen/cosine/mean_reciprocal_rank", "seen/cosine/nmi", "seen/l2/roc_auc"}
+    assert whole == (names <= set(expected))
+    results = run_workers(measured_by, 3, tmp_path, digits.folder, settings, whole)
+    for rank, (scores, ids, found) in enumerate(results):
+        assert scores.keys() == expected.keys()
+        for name, value in scores.items():
+            # Classes are divided: sums over them, behind certificates, are of another order.
+            exact = "certificate" not in name
+            assert value == (expected[name] if exact else pytest.approx(expected[name])), name
+        np.testing.assert_array_equal(found.map_at_r, queries.map_at_r)
+        np.testing.assert_array_equal(found.first_hit_rank, queries.first_hit_rank)
+        assert bool(ids) == (whole and rank == 0)
+    if whole:
+        kept = results[0][1]
+        assert {split for split, _, _ in kept} == {"seen", "train"}
+        np.testing.assert_array_equal(kept["seen", "embedding", 0], digits.select("seen"))
 
 
 @pytest.mark.parametrize(

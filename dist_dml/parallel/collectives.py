@@ -67,6 +67,22 @@ def gather_uneven(
     return PendingGather(rows, row_counts, group).wait()
 
 
+def gather_to_first(
+    rows: Shaped[Tensor, "r *rest"], row_counts: tuple[int, ...], group: ProcessGroup | None
+) -> list[Shaped[Tensor, "n *rest"]]:
+    """Every worker's rows, in worker order, on the first worker; an empty list on the others.
+
+    Costs what the largest part does, times W, on the first worker alone. No gradient.
+    """
+    if group is None or group.size() == 1:
+        return [rows]
+    padded = rows.new_zeros(max(row_counts), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in row_counts] if group.rank() == 0 else None
+    dist.gather(padded, parts, group=group, group_dst=0)
+    return [part[:count] for part, count in zip(parts or [], row_counts, strict=False)]
+
+
 class PendingReduction:
     """This worker's rows of the sum over workers, on its way while something else is computed.
 

@@ -9,20 +9,31 @@ Dimensions: `q` queries, `g` gallery items, `n` pairs, embeddings of width `D`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
 from dist_dml.errors import UsageError
 from dist_dml.retrieval.distances import Distance
-from dist_dml.retrieval.embeddings import Embeddings
 
 _PAIRS_AT_A_TIME = 2**18
 _NUMBERS_AT_A_TIME = 2**21
 
 
+@runtime_checkable
+class Labelled(Protocol):
+    """What a sample is: its class, and the id that tells it from all others."""
+
+    @property
+    def labels(self) -> Int64[np.ndarray, " n"]: ...
+
+    @property
+    def ids(self) -> Int64[np.ndarray, " n"]: ...
+
+
 def class_pairs(
-    queries: Embeddings, gallery: Embeddings
+    queries: Labelled, gallery: Labelled
 ) -> Iterator[tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]]:
     """Rows of queries and of the gallery whose labels are equal and whose ids are not.
 
@@ -35,10 +46,10 @@ def class_pairs(
     counts = np.searchsorted(ordered, queries.labels, side="right") - first
     ends = np.cumsum(counts)
     start = 0
-    while start < len(queries):
+    while start < len(queries.labels):
         before = ends[start - 1] if start else 0
         stop = int(np.searchsorted(ends, before + _PAIRS_AT_A_TIME, side="right"))
-        stop = min(max(stop, start + 1), len(queries))
+        stop = min(max(stop, start + 1), len(queries.labels))
         some = counts[start:stop]
         rows = np.repeat(np.arange(start, stop), some)
         within = np.arange(some.sum()) - np.repeat(np.cumsum(some) - some, some)

@@ -30,6 +30,8 @@ _TILE_COLUMNS = 4096
 _SEARCHED_AT_A_TIME = 64
 _MOST_UNSURE = 0.01
 _LARGEST = 1e37  # Sums of squares near it overflow in float32.
+NO_ID = np.iinfo(np.int64).max
+"""Stands where a query has no item of its class."""
 
 
 def complete_first_hits(
@@ -52,12 +54,8 @@ def complete_first_hits(
     Raises:
         UsageError: if `scores` are of other queries.
     """
-    if not np.array_equal(scores.query_label, queries.labels):
-        raise UsageError(
-            f"scores of {len(scores.query_label)} queries do not belong to these {len(queries)}; "
-            "give the queries that were scored, in their order"
-        )
-    missed = np.flatnonzero(scores.has_match & (scores.first_hit_rank == 0))
+    check_scored(scores, queries)
+    missed = without_hit(scores)
     if not len(missed):
         return scores
     find = _counted_ranks if distance.space == "embedding" else _searched_ranks
@@ -66,6 +64,24 @@ def complete_first_hits(
     # The search has looked at these; where values are a rounding apart, its order counts.
     rank[missed] = np.maximum(found, max(scores.recall_at, default=0) + 1)
     return replace(scores, first_hit_rank=rank)
+
+
+def check_scored(scores: QueryScores, queries: Embeddings) -> None:
+    """Whether the scores can be of these queries.
+
+    Raises:
+        UsageError: if not.
+    """
+    if not np.array_equal(scores.query_label, queries.labels):
+        raise UsageError(
+            f"scores of {len(scores.query_label)} queries do not belong to these {len(queries)}; "
+            "give the queries that were scored, in their order"
+        )
+
+
+def without_hit(scores: QueryScores) -> Int64[np.ndarray, " n"]:
+    """Rows of the queries that have a match, but none among the searched neighbours."""
+    return np.flatnonzero(scores.has_match & (scores.first_hit_rank == 0))
 
 
 def _searched_ranks(
@@ -87,47 +103,112 @@ def _counted_ranks(
     queries: Embeddings, gallery: Embeddings, distance: Distance
 ) -> Int64[np.ndarray, " q"]:
     """By the value of the nearest own item, and how many items have a nearer one."""
-    left, right = distance.prepare(queries.vectors), distance.prepare(gallery.vectors)
-    sign = -1.0 if distance.larger_is_nearer else 1.0  # What is small is near.
-    nearest = np.full(len(queries), np.inf)
-    smallest_id = np.full(len(queries), np.iinfo(np.int64).max)
-    for rows, columns in class_pairs(queries, gallery):
-        far = sign * pair_values(left, right, rows, columns, distance)
+    asked = Asked.of(queries, distance)
+    held = Held.of(gallery, distance)
+    return 1 + count_nearer(asked, held, *nearest_own(asked, held))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Queries whose first hits are looked for."""
+
+    vectors: Float32[np.ndarray, "q D"]
+    """As `Distance.prepare` leaves them."""
+    labels: Int64[np.ndarray, " q"]
+    ids: Int64[np.ndarray, " q"]
+    distance: Distance
+
+    @staticmethod
+    def of(queries: Embeddings, distance: Distance) -> Asked:
+        """Of embeddings, as they come."""
+        prepared = distance.prepare(queries.vectors)
+        return Asked(prepared, queries.labels, queries.ids, distance)
+
+
+@dataclass(frozen=True)
+class Held:
+    """A gallery, or a worker's part of one."""
+
+    vectors: Float32[np.ndarray, "g D"]
+    """As `Distance.prepare` leaves them."""
+    items: Embeddings
+    lengths: Float64[Tensor, " g"]
+    """Squared."""
+
+    @staticmethod
+    def of(gallery: Embeddings, distance: Distance) -> Held:
+        """Of embeddings, as they come."""
+        prepared = distance.prepare(gallery.vectors)
+        return Held(prepared, gallery, _squared_lengths(prepared))
+
+
+def nearest_own(
+    asked: Asked, held: Held
+) -> tuple[Float64[np.ndarray, " q"], Int64[np.ndarray, " q"]]:
+    """How far the nearest item of each query's class is, and its id: the smallest of equal ones.
+
+    Small is near, so inner products have their sign turned. Infinity where there is none.
+    """
+    distance, gallery = asked.distance, held.items
+    sign = -1.0 if distance.larger_is_nearer else 1.0
+    nearest = np.full(len(asked.ids), np.inf)
+    smallest_id = np.full(len(asked.ids), NO_ID)
+    for rows, columns in class_pairs(asked, gallery):
+        far = sign * pair_values(asked.vectors, held.vectors, rows, columns, distance)
         # All pairs of a query come together: its first row in order of distance, then id, is it.
         order = np.lexsort((gallery.ids[columns], far, rows))
         query, first = np.unique(rows[order], return_index=True)
         nearest[query] = far[order][first]
         smallest_id[query] = gallery.ids[columns][order][first]
-    own = own_positions(queries.ids, gallery.ids)
+    return nearest, smallest_id
+
+
+def count_nearer(
+    asked: Asked,
+    held: Held,
+    nearest: Float64[np.ndarray, " q"],
+    smallest_id: Int64[np.ndarray, " q"],
+) -> Int64[np.ndarray, " q"]:
+    """Items of other classes before each query's nearest own item, by distance and then id.
+
+    Args:
+        asked: the queries.
+        held: the items that are counted.
+        nearest: of the whole gallery, as the next, by `nearest_own`.
+        smallest_id: see there.
+    """
+    distance, gallery, left = asked.distance, held.items, asked.vectors
+    sign = -1.0 if distance.larger_is_nearer else 1.0
+    own = own_positions(asked.ids, gallery.ids)
     assert own is not None  # Both have ids.
-    lengths = _squared_lengths(left), _squared_lengths(right)
-    ranks = np.ones(len(queries), dtype=np.int64)
-    for start in range(0, len(queries), _TILE_ROWS):
-        rows = slice(start, min(start + _TILE_ROWS, len(queries)))
+    lengths = _squared_lengths(left)
+    counts = np.zeros(len(asked.ids), dtype=np.int64)
+    for start in range(0, len(asked.ids), _TILE_ROWS):
+        rows = slice(start, min(start + _TILE_ROWS, len(asked.ids)))
         for first in range(0, len(gallery), _TILE_COLUMNS):
             columns = slice(first, min(first + _TILE_COLUMNS, len(gallery)))
             tile = _Tile(
                 left=as_tensor(left[rows]),
-                right=as_tensor(right[columns]),
-                left_lengths=lengths[0][rows],
-                right_lengths=lengths[1][columns],
+                right=as_tensor(held.vectors[columns]),
+                left_lengths=lengths[rows],
+                right_lengths=held.lengths[columns],
                 nearest=torch.from_numpy(nearest[rows]),
                 own=torch.from_numpy(own[rows] - first),
                 cosine=distance.larger_is_nearer,
             )
             certain, row, column = tile.nearer_and_unsure()
-            ranks[rows] += certain
+            counts[rows] += certain
             # Items of the query's class are never nearer, and those as near do not count.
             item = first + column
-            other = gallery.labels[item] != queries.labels[start + row]
+            other = gallery.labels[item] != asked.labels[start + row]
             row, item = row[other], item[other]
-            far = sign * pair_values(left, right, start + row, item, distance)
+            far = sign * pair_values(left, held.vectors, start + row, item, distance)
             limit = nearest[start + row]
-            slack = tile.rounding * (lengths[0][start + row] + lengths[1][item]).numpy()
+            slack = tile.rounding * (lengths[start + row] + held.lengths[item]).numpy()
             smaller = gallery.ids[item] < smallest_id[start + row]
             ahead = (far < limit - slack) | ((far <= limit + slack) & smaller)
-            ranks[rows] += np.bincount(row[ahead], minlength=rows.stop - start)
-    return ranks
+            counts[rows] += np.bincount(row[ahead], minlength=rows.stop - start)
+    return counts
 
 
 @dataclass(frozen=True)

@@ -89,10 +89,12 @@ def sharded_blocks(
     for start in range(0, max(every), step):
         counts = tuple(max(0, min(step, count - start)) for count in every)
         mine = slice(start, start + counts[rank])
-        asked = _gather(distance.prepare(queries.vectors[mine]), counts, group, settings.device)
-        asked_ids = _gather(queries.ids[mine], counts, group, settings.device)
+        asked = gather_rows(distance.prepare(queries.vectors[mine]), counts, group, settings.device)
+        asked_ids = gather_rows(queries.ids[mine], counts, group, settings.device)
         answer = _answer(search, gallery, asked, asked_ids, k, squares)
-        values, ids, labels = (_return(part, counts, group, settings.device) for part in answer)
+        values, ids, labels = (
+            return_answers(part, counts, group, settings.device) for part in answer
+        )
         # Labels stand where merge_nearest has positions: both are -1 where there is nothing.
         merged = merge_nearest(list(values), list(ids), list(labels), k, squares)
         ids = np.where(merged[2] >= 0, merged[1], -1)
@@ -137,23 +139,24 @@ def score_sharded(
     return QueryScores.concatenate(parts)
 
 
-def _gather(
+def gather_rows(
     rows: np.ndarray,
     counts: tuple[int, ...],
     group: ProcessGroup | None,
     device: torch.device | None,
 ) -> np.ndarray:
-    """All workers' rows; they travel from where the group's collectives read."""
+    """All workers' rows, in worker order; they travel from where the group's collectives read."""
     sent = as_tensor(rows).to(device or "cpu")
     return gather_uneven(sent, counts, group).cpu().numpy()
 
 
-def _return(
+def return_answers(
     values: np.ndarray,
     counts: tuple[int, ...],
     group: ProcessGroup | None,
     device: torch.device | None,
 ) -> np.ndarray:
+    """What every worker, in worker order, answers of this worker's rows; see `return_rows`."""
     sent = as_tensor(values).to(device or "cpu")
     return return_rows(sent, counts, group).cpu().numpy()
 
@@ -233,7 +236,9 @@ def _itself(
     order = np.argsort(gallery.ids, kind="stable")
     known_ids, known_labels = gallery.ids[order], gallery.labels[order]
     counts = gather_objects(len(queries), group)
-    asked = _gather(np.stack([queries.ids, queries.labels], axis=1), tuple(counts), group, device)
+    asked = gather_rows(
+        np.stack([queries.ids, queries.labels], axis=1), tuple(counts), group, device
+    )
     here = np.zeros(len(asked), dtype=np.int64)
     trouble = ""
     if len(known_ids):
@@ -250,7 +255,7 @@ def _itself(
         if len(twice):
             trouble = f"gallery id {known_ids[twice[0]]} stands twice; ids must be unique"
     _refuse(trouble, group)
-    found = _return(here, tuple(counts), group, device).sum(axis=0)
+    found = return_answers(here, tuple(counts), group, device).sum(axis=0)
     trouble = ""
     if found.max(initial=0) > 1:
         row = int(found.argmax())

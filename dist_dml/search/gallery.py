@@ -19,11 +19,11 @@ from dist_dml.data.index import Index, load_index
 from dist_dml.data.opening import open_index
 from dist_dml.data.progress import ProgressLine
 from dist_dml.errors import UsageError
-from dist_dml.measurement import embed_split
 from dist_dml.retrieval.embedding_files import ColumnNames, EmbeddingTable, read_embeddings
 from dist_dml.retrieval.embeddings import Embeddings
 from dist_dml.retrieval.search_files import METADATA
 from dist_dml.search.query_model import QueryModel
+from dist_dml.split_embedding import embed_split
 
 _EXPORTED = ColumnNames(embedding="weight", label="name", id="class_id")
 """The columns of `dist-dml classes export`."""

@@ -20,9 +20,9 @@ from dist_dml.config_loading import resolve
 from dist_dml.data.augment import evaluation_view
 from dist_dml.errors import RunError, UsageError
 from dist_dml.evaluate import choose_checkpoint
-from dist_dml.measurement import Embed, embed_with
 from dist_dml.models.embedder import build_embedder
 from dist_dml.parallel.world import Ranks, World, start_world
+from dist_dml.split_embedding import Embed, embed_with
 
 _EMBEDDER_FILE = "embedder.safetensors"
 

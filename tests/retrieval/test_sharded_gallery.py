@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from worker_group import WorkerFailed, run_workers
 
 from dist_dml.retrieval.distances import DISTANCES
 from dist_dml.retrieval.embeddings import Embeddings
+from dist_dml.retrieval.first_hits import complete_first_hits
 from dist_dml.retrieval.gallery_search import SearchSettings
 from dist_dml.retrieval.metrics import QueryScores, summarise
 from dist_dml.retrieval.protocol import score_slice
 from dist_dml.retrieval.ranking import nearest
 from dist_dml.retrieval.sharded_gallery import score_sharded, sharded_blocks
+from dist_dml.retrieval.sharded_hits import complete_sharded_hits
 
 SETTINGS = SearchSettings(memory_bytes=2**17)
 """So little that several rounds are needed."""
@@ -117,8 +121,45 @@ def test_every_worker_refuses_what_one_of_them_has(tmp_path, fault, words):
         messages = run_workers(refused, 2, tmp_path, fault, timeout_seconds=30)
     except WorkerFailed as failure:
         pytest.fail(f"a worker was left behind: {failure}")
-    import re
-
     for message in messages:
         assert message.startswith("UsageError: ")
         assert re.search(words, message)
+
+
+def first_hits(rank, num_workers, group, name, other_gallery):
+    whole = hard_samples()
+    queries = share(whole, rank, num_workers)
+    gallery = None
+    if other_gallery:
+        half = whole.rows(np.arange(0, 400, 2))
+        gallery = half.rows(np.arange(len(half)) % num_workers == (rank + 1) % num_workers)
+    scores = score_sharded(queries, gallery, DISTANCES[name], (1, 3), group, SETTINGS)
+    return complete_sharded_hits(scores, queries, gallery, DISTANCES[name], group)
+
+
+def hard_samples() -> Embeddings:
+    """Classes without meaning, of two or three: most first hits stand far behind, some as ties."""
+    plain = samples()
+    labels = np.random.default_rng(5).permutation(400) // 3
+    return Embeddings(plain.vectors, labels, plain.ids)
+
+
+@pytest.mark.parametrize("other_gallery", [False, True])
+@pytest.mark.parametrize("name", ["cosine", "l2"])
+def test_first_hits_in_a_divided_gallery_are_those_of_one_process(tmp_path, name, other_gallery):
+    whole, distance = hard_samples(), DISTANCES[name]
+    gallery = whole.rows(np.arange(0, 400, 2)) if other_gallery else None
+    searched = whole if gallery is None else gallery
+    expected = score_slice(whole, gallery, slice(0, 400), distance, (1, 3))
+    assert (expected.has_match & (expected.first_hit_rank == 0)).mean() > 0.5
+    expected = complete_first_hits(expected, whole, searched, distance)
+    for num_workers in (1, 2, 3):
+        parts = run_workers(first_hits, num_workers, tmp_path, name, other_gallery)
+        found = QueryScores.concatenate(parts)
+        np.testing.assert_array_equal(found.first_hit_rank, expected.first_hit_rank)
+
+
+def test_without_a_missed_query_nothing_is_searched_again():
+    whole = samples()
+    scores = score_sharded(whole, None, DISTANCES["l2"], (400,), None, SETTINGS)
+    assert complete_sharded_hits(scores, whole, None, DISTANCES["l2"], None) is scores
