@@ -135,11 +135,14 @@ def retrieval_gallery(
     width = 0.92 * (num_neighbours + 1.35) + 0.3
     height = 1.14 * len(rows.queries) + 0.42 * num_groups + 0.62
     figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
-    _text(figure, 0.15 / width, 1 - 0.2 / height, title, 13, weight="bold")
+    # One drawing surface in inches: an axes for each image would take seconds of every run.
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    _text(axes, 0.15, height - 0.2, title, 13, weight="bold")
     _text(
-        figure,
-        0.15 / width,
-        1 - 0.44 / height,
+        axes,
+        0.15,
+        height - 0.44,
         f"Left: the query; then its {num_neighbours} nearest by {distance.name}. "
         "Thick green: same class. Thin red: another class.",
         8,
@@ -148,7 +151,7 @@ def retrieval_gallery(
     for i, query in enumerate(rows.queries):
         if i in (0, rows.num_hardest):
             heading = "Hardest misses" if i < rows.num_hardest else "Random queries"
-            _text(figure, 0.15 / width, (top - 0.2) / height, heading, 10, weight="bold")
+            _text(axes, 0.15, top - 0.2, heading, 10, weight="bold")
             top -= 0.42
         cells: list[tuple[Embeddings, int, bool | None]] = [(queries, int(query), None)]
         for j in range(num_neighbours):
@@ -156,30 +159,56 @@ def retrieval_gallery(
                 cells.append((searched, int(rows.neighbours[i, j]), bool(rows.hits[i, j])))
         for column, (samples, row, hit) in enumerate(cells):
             left = 0.15 + 0.92 * column + (0.32 if column else 0.0)
-            box = (left / width, (top - 0.78) / height, 0.8 / width, 0.8 / height)
-            axes = figure.add_axes(box)
             caption = _caption(int(samples.labels[row]), class_names or {})
-            _cell(axes, load_image(int(samples.ids[row])), caption, hit)
+            image = load_image(int(samples.ids[row]))
+            _cell(axes, left, top - 0.78, image, caption, hit)
         top -= 1.14
+    # After the images, each of which would set the limits to its own.
+    axes.set(xlim=(0, width), ylim=(0, height))
     return figure
 
 
-def _text(figure: Figure, x: float, y: float, text: str, size: int, weight: str = "normal") -> None:
+def _text(axes: Axes, x: float, y: float, text: str, size: int, weight: str = "normal") -> None:
     # A dollar sign in a name is no formula.
-    figure.text(x, y, text, fontsize=size, weight=weight, va="center", color=INK, parse_math=False)
+    axes.text(x, y, text, fontsize=size, weight=weight, va="center", color=INK, parse_math=False)
 
 
-def _cell(axes: Axes, image: np.ndarray, caption: str, hit: bool | None) -> None:
-    """Draws one image with its frame; `hit` is None for the query."""
+def _cell(
+    axes: Axes, left: float, bottom: float, image: np.ndarray, caption: str, hit: bool | None
+) -> None:
+    """Draws one image in a square of 0.8 inches, with its frame; `hit` is None for the query."""
+    from matplotlib.patches import Rectangle
+
     if image.ndim == 3 and image.shape[2] == 1:
         image = image[:, :, 0]
-    axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="antialiased")
-    axes.set_xticks([])
-    axes.set_yticks([])
+    high, wide = (0.8 * side / max(image.shape[:2]) for side in image.shape[:2])
+    left, bottom = left + (0.8 - wide) / 2, bottom + (0.8 - high) / 2
+    extent = (left, left + wide, bottom, bottom + high)
+    axes.imshow(
+        image,
+        cmap="gray",
+        vmin=0,
+        vmax=255,
+        interpolation="antialiased",
+        extent=extent,
+        aspect="auto",
+    )
     colour = INK if hit is None else HIT_COLOUR if hit else MISS_COLOUR
     # Not by colour alone: many eyes do not tell red from green.
-    axes.spines[:].set(edgecolor=colour, linewidth=3.0 if hit else 1.2)
-    axes.set_xlabel(caption, fontsize=5.5, labelpad=3, color=colour, parse_math=False)
+    frame = Rectangle(
+        (left, bottom), wide, high, fill=False, edgecolor=colour, linewidth=3.0 if hit else 1.2
+    )
+    axes.add_patch(frame)
+    axes.text(
+        left + wide / 2,
+        bottom - 0.05,
+        caption,
+        fontsize=5.5,
+        color=colour,
+        ha="center",
+        va="top",
+        parse_math=False,
+    )
 
 
 def _caption(label: int, class_names: Mapping[int, str]) -> str:

@@ -73,11 +73,13 @@ def test_the_gallery_frames_hits_green_and_misses_red():
         for sample in (query + 100, *(found + 100))
     ]
     assert asked == expected
-    colours = [matplotlib.colors.to_hex(axes.spines["top"].get_edgecolor()) for axes in figure.axes]
+    [axes] = figure.axes
+    colours = [matplotlib.colors.to_hex(frame.get_edgecolor()) for frame in axes.patches]
+    assert len(colours) == len(axes.images) == len(expected)
     for row, hits in enumerate(rows.hits):
         frames = [HIT_COLOUR if hit else MISS_COLOUR for hit in hits]
         assert colours[3 * row + 1 : 3 * row + 3] == frames
-    captions = " ".join(axes.get_xlabel() for axes in figure.axes)
+    captions = " ".join(text.get_text() for text in axes.texts)
     assert captions.isascii()
     figure.savefig(picture := io.BytesIO(), format="png")
     assert picture.getvalue().startswith(b"\x89PNG")
@@ -95,7 +97,15 @@ def test_a_separate_gallery_with_fewer_items_than_columns_is_drawn():
     searched = samples.rows(np.array([1, 3, 11]))
     queries = samples.rows(np.array([0, 2, 10]))
     figure = retrieval_gallery(queries, searched, L2, lambda _: np.zeros((2, 2), np.uint8))
-    assert len(figure.axes) == 3 * (1 + 3)
+    assert len(figure.axes[0].images) == 3 * (1 + 3)
+
+
+def test_images_keep_their_shape_in_the_gallery():
+    figure = retrieval_gallery(on_a_line(), None, L2, lambda _: np.zeros((4, 8), np.uint8))
+    for image, frame in zip(figure.axes[0].images, figure.axes[0].patches, strict=True):
+        left, right, bottom, top = image.get_extent()
+        assert (right - left) / (top - bottom) == pytest.approx(2)
+        assert (frame.get_width(), frame.get_height()) == pytest.approx((0.8, 0.4))
 
 
 def test_the_curve_holds_every_point():
