@@ -2,6 +2,7 @@
 
     dist-dml evaluate --embeddings embeddings/test
     dist-dml evaluate --embeddings queries.parquet --gallery gallery.parquet --distance l2 --json
+    dist-dml evaluate --embeddings fold-0 --embeddings fold-1 --embeddings fold-2
 
 One process. Files and folders as docs/embeddings.md has them, scores as docs/evaluation.md.
 """
@@ -41,8 +42,15 @@ _GROUPS_SHOWN = 30
 def add_file_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `--embeddings`. What is not given is None: `check_file_arguments` asks."""
     files = parser.add_argument_group("embeddings of files, instead of a run")
-    files.add_argument("--embeddings", metavar="Q", help="Parquet file or folder of the queries")
-    files.add_argument("--gallery", metavar="G", help="what is searched; without, the queries")
+    files.add_argument(
+        "--embeddings",
+        metavar="Q",
+        action="append",
+        help="Parquet file or folder of the queries; again for each other model, side by side",
+    )
+    files.add_argument(
+        "--gallery", metavar="G", action="append", help="what is searched; without, the queries"
+    )
     files.add_argument(
         "--distance", action="append", metavar="NAME", help="cosine (default) or l2; or both"
     )
@@ -105,8 +113,14 @@ def evaluate_files(arguments: argparse.Namespace) -> int:
         label=arguments.label_column or "label",
         id=arguments.id_column,
     )
+    folds = len(arguments.embeddings), len(arguments.gallery or arguments.embeddings)
+    if folds[0] != folds[1]:
+        raise UsageError(
+            f"--embeddings is given {folds[0]} times and --gallery {folds[1]}; give one of each "
+            "model, in the same order"
+        )
     if group_by:
-        _check_group_column(arguments.embeddings, columns, group_by)
+        _check_group_column(arguments.embeddings[0], columns, group_by)
     queries, gallery = read_pair(
         arguments.embeddings, arguments.gallery, columns, [group_by] if group_by else []
     )

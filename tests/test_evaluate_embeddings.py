@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 
 from dist_dml.cli import main
+from dist_dml.protocol_scores import concatenate
 from dist_dml.retrieval.distances import named_distance
 from dist_dml.retrieval.embedding_files import read_pair, write_embeddings
+from dist_dml.retrieval.embeddings import Embeddings
 from dist_dml.retrieval.protocol import measure
 
 FAST = ("--no-nmi", "--no-verification", "--resamples", "0")
@@ -73,6 +76,48 @@ def test_all_distances_score_as_the_protocol_does(
         assert low < one["scores"]["map_at_r"] < high
     assert found["queries"] == {"samples": 60, "width": 6, "classes": 10, "made_by": {}}
     assert (found["gallery"] or {}).get("samples") == (200 if with_gallery else None)
+
+
+def test_embeddings_of_several_models_are_put_side_by_side_by_id(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw = np.random.default_rng(4)
+    labels = draw.integers(0, 10, 90)
+    ids = draw.permutation(90) + 1000
+    models = [draw.normal(size=(90, width)).astype(np.float32) for width in (5, 3)]
+    write_embeddings(tmp_path / "a.parquet", ids, labels, models[0])
+    order = draw.permutation(90)
+    write_embeddings(tmp_path / "b.parquet", ids[order], labels[order], models[1][order])
+    parts = [Embeddings(vectors, labels, ids) for vectors in models]
+    both = concatenate(parts)
+    words = ["--distance", "cosine", "--distance", "l2", *FAST]
+    words += both_of(tmp_path / "a.parquet", tmp_path / "b.parquet")
+    found = evaluated(capsys, *words)
+    assert found["queries"]["width"] == 8
+    distances = [named_distance(name) for name in ("cosine", "l2")]
+    for name, value in measure(both, None, distances, (1, 2, 4, 8), False, 0).items():
+        distance, score = name.split("/")
+        assert found["distances"][distance]["scores"][score] == value
+
+    write_embeddings(tmp_path / "c.parquet", ids[1:], labels[1:], models[1][1:])
+    write_embeddings(tmp_path / "d.parquet", ids, (labels + 1) % 10, models[1])
+    write_embeddings(tmp_path / "e.parquet", ids.astype(str), labels, models[1])
+    for other, words in (
+        ("c", f"id {ids[0]} of .*a.parquet is not in .*c.parquet"),
+        ("d", f"id {ids[0]} has label {labels[0]} in .* and {(labels[0] + 1) % 10} in"),
+        ("e", "ids of int and labels of int, .* ids of string and labels of int"),
+    ):
+        given = both_of(tmp_path / "a.parquet", tmp_path / f"{other}.parquet")
+        assert re.search(words, refused(capsys, *given))
+    swapped = both_of(tmp_path / "c.parquet", tmp_path / "a.parquet")
+    assert f"id {ids[0]} of" in refused(capsys, *swapped)
+    uneven = both_of(tmp_path / "a.parquet", tmp_path / "b.parquet")
+    uneven += ["--gallery", str(tmp_path / "a.parquet")]
+    assert "--embeddings is given 2 times and --gallery 1" in refused(capsys, *uneven)
+
+
+def both_of(first: Path, second: Path) -> list[str]:
+    return ["--embeddings", str(first), "--embeddings", str(second)]
 
 
 def test_groups_are_those_of_the_column(

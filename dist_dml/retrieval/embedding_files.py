@@ -9,36 +9,20 @@ Dimensions: `n` samples, embeddings of width `D`.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import psutil
 from jaxtyping import Float32
 
 from dist_dml.data.parquet_files import write_parquet
-from dist_dml.data.progress import ProgressLine
 from dist_dml.errors import UsageError
-from dist_dml.retrieval.embedding_columns import (
-    ColumnNames,
-    Footer,
-    read_columns,
-    read_footer,
-)
-from dist_dml.retrieval.embedding_manifest import finished_parts
-from dist_dml.retrieval.embedding_numbering import (
-    RawTable,
-    join_columns,
-    number_ids,
-    number_labels,
-)
+from dist_dml.retrieval.embedding_columns import ColumnNames, read_footer
+from dist_dml.retrieval.embedding_numbering import RawTable, number_ids, number_labels
+from dist_dml.retrieval.embedding_raw import check_alike, files_of, read_raw, read_side_by_side
 from dist_dml.retrieval.embeddings import Embeddings
-
-_SHOWN_FROM_BYTES = 2**29
-"""Half a gigabyte takes some seconds to read."""
 
 
 @dataclass(frozen=True)
@@ -92,12 +76,12 @@ def read_embeddings(
             column missing or of another type, nulls, NaN or infinity, different widths, an id
             twice, a negative label, parts that differ, too little memory.
     """
-    return _number(_read(Path(path), columns or ColumnNames(), metadata), None)[0]
+    return _number(read_raw(Path(path), columns or ColumnNames(), metadata), None)[0]
 
 
 def read_pair(
-    queries: str | Path,
-    gallery: str | Path | None,
+    queries: str | Path | Sequence[str | Path],
+    gallery: str | Path | Sequence[str | Path] | None,
     columns: ColumnNames | None = None,
     metadata: Sequence[str] | None = None,
 ) -> tuple[EmbeddingTable, EmbeddingTable | None]:
@@ -108,7 +92,8 @@ def read_pair(
     labels of the two in `label_values`.
 
     Args:
-        queries: see `read_embeddings`.
+        queries: see `read_embeddings`; several, one of each model, are put side by side
+            (`embedding_raw.read_side_by_side`).
         gallery: likewise; None: the queries are searched among themselves.
         columns: how the columns are called, in both.
         metadata: which other columns to read; those that one of the files lacks are left out there.
@@ -118,20 +103,20 @@ def read_pair(
             id with two labels, numbers of different data sets, and one file as both.
     """
     names = columns or ColumnNames()
+    first = read_side_by_side(_paths(queries), names, metadata)
     if gallery is None:
-        return read_embeddings(queries, names, metadata), None
-    if Path(queries).resolve() == Path(gallery).resolve():
+        return _number(first, None)[0], None
+    if [path.resolve() for path in _paths(queries)] == [path.resolve() for path in _paths(gallery)]:
         raise UsageError(
-            f"{queries} is given as queries and as gallery; leave the gallery out to search the "
+            f"{first.path} is given as queries and as gallery; leave the gallery out to search the "
             "queries among themselves, each without itself"
         )
-    first = _read(Path(queries), names, metadata)
-    second = _read(Path(gallery), names, metadata)
+    second = read_side_by_side(_paths(gallery), names, metadata)
     widths = first.vectors.shape[1], second.vectors.shape[1]
     if widths[0] != widths[1]:
         raise UsageError(
-            f"{queries} has embeddings of width {widths[0]} and {gallery} of {widths[1]}; both "
-            "must come from the same model"
+            f"{first.path} has embeddings of width {widths[0]} and {second.path} of {widths[1]}; "
+            "both must come from the same model"
         )
     _check_one_data_set(first, second, names)
     for what, one, other in (
@@ -140,13 +125,17 @@ def read_pair(
     ):
         if one and other and one != other:
             raise UsageError(
-                f"{what} are {one}s in {queries} and {other}s in {gallery}; write both alike, as "
-                "they are compared"
+                f"{what} are {one}s in {first.path} and {other}s in {second.path}; write both "
+                "alike, as they are compared"
             )
     found, searched = _number(first, second)
     assert searched is not None
-    _check_labels_of_common_ids(found, searched, (str(queries), str(gallery)))
+    _check_labels_of_common_ids(found, searched, (str(first.path), str(second.path)))
     return found, searched
+
+
+def _paths(given: str | Path | Sequence[str | Path]) -> list[Path]:
+    return [Path(given)] if isinstance(given, str | Path) else [Path(one) for one in given]
 
 
 def metadata_names(path: str | Path, columns: ColumnNames | None = None) -> tuple[str, ...]:
@@ -155,9 +144,9 @@ def metadata_names(path: str | Path, columns: ColumnNames | None = None) -> tupl
     Raises:
         UsageError: see `read_embeddings`.
     """
-    files, _ = _files(Path(path))
+    files, _ = files_of(Path(path))
     names = columns or ColumnNames()
-    return _check_alike([read_footer(file, names) for file in files], Path(path)).metadata
+    return check_alike([read_footer(file, names) for file in files], Path(path)).metadata
 
 
 def write_embeddings(
@@ -204,87 +193,6 @@ def write_embeddings(
         }
     )
     write_parquet(path, table, facts or {})
-
-
-def _read(path: Path, names: ColumnNames, metadata: Sequence[str] | None) -> RawTable:
-    files, facts = _files(path)
-    footers = [read_footer(file, names) for file in files]
-    first = _check_alike(footers, path)
-    rows = sum(footer.rows for footer in footers)
-    chosen = [name for name in first.metadata if metadata is None or name in metadata]
-    _check_memory(path, rows, first.width)
-    vectors = np.empty((rows, first.width), dtype=np.float32)
-    is_long = vectors.nbytes >= _SHOWN_FROM_BYTES
-    progress = ProgressLine(f"read {path.name}", rows, "embeddings") if is_long else None
-    parts: list[dict[str, Any]] = []
-    done = 0
-    for footer in footers:
-        parts.append(read_columns(footer, names, chosen, vectors[done : done + footer.rows]))
-        done += footer.rows
-        if progress:
-            progress.advance(footer.rows)
-    if progress:
-        progress.finish()
-
-    return RawTable(
-        path=path,
-        vectors=vectors,
-        ids=join_columns(parts, first.id_column, first.id_kind, path) if first.id_column else None,
-        labels=join_columns(parts, names.label, first.label_kind, path),
-        metadata={
-            name: list(itertools.chain.from_iterable(_as_list(part[name]) for part in parts))
-            for name in chosen
-        },
-        facts=facts or first.facts,
-        id_kind=first.id_kind,
-        label_kind=first.label_kind,
-    )
-
-
-def _files(path: Path) -> tuple[list[Path], dict[str, str]]:
-    if path.is_dir():
-        return finished_parts(path)
-    if not path.exists():
-        raise UsageError(f"{path}: no such file or folder; name a Parquet file of embeddings")
-    return [path], {}
-
-
-def _check_alike(footers: Sequence[Footer], path: Path) -> Footer:
-    """The first file that has rows; all that have some are as it is."""
-    filled = [footer for footer in footers if footer.rows]
-    if not filled:
-        raise UsageError(f"{path} holds no embeddings: it has no rows")
-    first = filled[0]
-    for other in filled[1:]:
-        for name in ("width", "id_column", "id_kind", "label_kind", "metadata"):
-            one, its = getattr(first, name), getattr(other, name)
-            if one != its:
-                raise UsageError(
-                    f"{first.path} and {other.path.name} differ in {name.replace('_', ' ')}: "
-                    f"{one!s:.200} and {its!s:.200}; put files of one kind into a folder"
-                )
-    return first
-
-
-def _check_memory(path: Path, rows: int, width: int) -> None:
-    needed, free = rows * width * 4, psutil.virtual_memory().available
-    if needed > free:
-        raise UsageError(
-            f"{path} takes {needed / 2**30:.3g} GiB in memory ({rows} x {width} float32) and "
-            f"{free / 2**30:.3g} GiB are available; use a machine with more, or fewer samples"
-        )
-
-
-def _as_list(column: Any) -> list[Any]:
-    """Values of Python; equal texts are one object, as most metadata repeats itself."""
-    from pyarrow import types
-
-    if not (types.is_string(column.type) or types.is_large_string(column.type)):
-        return column.to_pylist()
-    encoded = column.dictionary_encode()
-    values = np.array([*encoded.dictionary.to_pylist(), None], dtype=object)
-    places = encoded.indices.fill_null(len(values) - 1).to_numpy()
-    return values[places].tolist()
 
 
 def _number(
