@@ -21,6 +21,7 @@ COMMANDS = {
     "reference": ("dist_dml.reference_command", "published results of papers A, B and C"),
     "estimate": ("dist_dml.estimate", "memory and time of a run on machines that you name"),
     "config": ("dist_dml.config_command", "show, diff or describe configurations"),
+    "doctor": ("dist_dml.doctor.command", "what would stop or slow a training here, and remedies"),
     "export": ("dist_dml.export", "safetensors, torch.export and ONNX, checked; MLflow, hub"),
     "classes carry": ("dist_dml.class_carry", "go on with other classes: new, dropped, merged"),
     "classes export": ("dist_dml.class_export", "class weights to Parquet or safetensors"),

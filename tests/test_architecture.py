@@ -72,6 +72,7 @@ LEVELS = {
             "estimate_head",
             "estimate_tables",
             "estimate_validate",
+            "doctor",
         ),
         4,
     ),
@@ -162,6 +163,8 @@ PROCESS_GROUP_USERS = (
     "tune",
     "evaluate",
     "entry",
+    "doctor.links",
+    "doctor.meeting",
 )
 
 

@@ -1,0 +1,1 @@
+"""`dist-dml doctor`: what would stop or slow a training here, and what to do about it."""
