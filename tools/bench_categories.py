@@ -1,6 +1,6 @@
 """Time and memory of every objective over the number of categories, and time to a score.
 
-    python tools/bench_categories.py --out runs/categories            all; about 40 minutes, 2 cores
+    python tools/bench_categories.py --out runs/categories            all; aims at 40 min, 2 cores
     python tools/bench_categories.py --out runs/categories --quick    small, to see that it works
     python tools/bench_categories.py --out runs/categories --parts report --mlflow
 

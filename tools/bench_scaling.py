@@ -1,6 +1,6 @@
 """How a training step grows with the number of workers: measured, and as the cost model says.
 
-    python tools/bench_scaling.py --out runs/scaling                      1, 2, 4 workers; 5 minutes
+    python tools/bench_scaling.py --out runs/scaling                      1, 2, 4 workers: 5 minutes
     python tools/bench_scaling.py --out runs/scaling --quick              small, to see it work
     python tools/bench_scaling.py --out runs/scaling --workers 1 2 --mlflow
 
