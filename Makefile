@@ -12,11 +12,12 @@ DEMO_WORKERS ?= 2
 # Test files that run at the same time. Each test may start up to five processes of its own.
 TEST_PROCESSES ?= 2
 
-.PHONY: help setup demo test test-slow browser lint format ui bench clean
+.PHONY: help setup demo tune test test-slow browser lint format ui bench clean
 
 help:
 	@echo "make setup      install dist_dml and everything it needs into $(VENV) (about 3 minutes)"
 	@echo "make demo       pack glyphs, train with 2 deepspeed workers, score unseen classes"
+	@echo "make tune       search 8 settings on glyphs, confirm the best over 3 seeds (about 15 minutes)"
 	@echo "make test       the tests (under 10 minutes on 2 cores)"
 	@echo "make test-slow  faults, killed workers and the documented commands, end to end"
 	@echo "make browser    install chromium by apt, for the tests in a browser (else skipped)"
@@ -44,6 +45,13 @@ demo: $(READY)
 	@echo "== demo 3/3: scores on classes never seen in training"
 	$(BIN)/dist-dml evaluate $(DEMO_RUN) --baselines
 	@$(BIN)/dist-dml track sync $(DEMO_RUN) >/dev/null
+	@echo "look at it:  make ui"
+
+tune: $(READY)
+	@echo "== tune 1/2: draw characters of the installed typefaces into WebDataset shards"
+	$(BIN)/dist-dml pack glyphs $(DEMO_DATA)
+	@echo "== tune 2/2: 8 trials, then the best beside the default over 3 seeds"
+	$(BIN)/dist-dml tune --search configs/search/glyphs.yaml --config configs/glyphs_tune.yaml
 	@echo "look at it:  make ui"
 
 test: $(READY)

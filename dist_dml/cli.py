@@ -14,6 +14,7 @@ from dist_dml.data.pack_command import PackCommand
 # Command -> module with `add_arguments(parser)` and `run(arguments) -> int`, and one line of help.
 COMMANDS = {
     "train": ("dist_dml.train", "train an embedding (also under deepspeed, torchrun, srun)"),
+    "tune": ("dist_dml.tune", "search configurations: Ray Tune, Optuna, the best confirmed"),
     "evaluate": ("dist_dml.evaluate", "score a run's checkpoint and write its report"),
     "embed": ("dist_dml.embed", "embeddings of any shards as Parquet, in parallel, resumable"),
     "protocol": ("dist_dml.protocol", "train and test class-disjoint folds, and write one table"),

@@ -202,6 +202,11 @@ class TrackingConfig(Section):
     environment (docs/security.md)."""
     experiment: str = "dist_dml"
     """MLflow experiment."""
+    parent: str = ""
+    """`run_id` (of run.json) of the study or protocol that this run belongs to: in MLflow it stands
+    below that one. Set by what starts several runs."""
+    tags: dict[str, str] = Field(default_factory=dict)
+    """Further tags in MLflow, for its filters and comparisons."""
     system_metrics: bool = True
     """Record processor, memory and GPU use in MLflow."""
 

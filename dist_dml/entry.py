@@ -81,7 +81,7 @@ def _end_all(world: World, error: BaseException) -> int:
     if world.failures is None:
         if not known:
             print_traceback(error)
-        print_failure(_reason(error))
+        print_failure(failure_reason(error))
         return _exit_code(error)
     # A worker that failed cannot leave its process group in good order, as others wait inside it:
     # both calls end the process.
@@ -90,10 +90,11 @@ def _end_all(world: World, error: BaseException) -> int:
         if not _is_lost_peer(error):
             print_traceback(error)
     # Other machines print it too, and do not know what was expanded here.
-    world.failures.report(redact(_reason(error)), _exit_code(error))
+    world.failures.report(redact(failure_reason(error)), _exit_code(error))
 
 
-def _reason(error: BaseException) -> str:
+def failure_reason(error: BaseException) -> str:
+    """Why a worker ended, in one line for the person who must act."""
     if isinstance(error, (UsageError, RunError)):
         return str(error)
     if _is_lost_peer(error):

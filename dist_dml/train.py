@@ -16,11 +16,12 @@ if __name__ == "__main__":  # Run by path: this folder must not hide installed p
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dist_dml.agreement import check_agreement, epoch_facts
 from dist_dml.batch_ledger import BatchLedger
+from dist_dml.checkpoint_manifest import Progress
 from dist_dml.checkpoint_writer import CheckpointWriter
 from dist_dml.command_line import run_command
 from dist_dml.config import Config
@@ -54,6 +55,9 @@ _LAST_SAVE_SECONDS = 3.0
 # Signals reach a process, not a run: there is one, and its handlers come before the first worker.
 STOP_REQUEST = StopRequest()
 
+Observe = Callable[[Progress, Mapping[str, float], float], None]
+"""Takes the progress, the evaluation's scores and the share of the training that is done."""
+
 
 @dataclass(frozen=True)
 class Companions:
@@ -63,10 +67,20 @@ class Companions:
     writer: CheckpointWriter
     watch: StepWatch
     request: StopRequest
+    observe: Observe | None = None
 
 
-def train(resolved: Resolved, world: World, arguments: argparse.Namespace) -> None:
+def train(
+    resolved: Resolved, world: World, arguments: argparse.Namespace, observe: Observe | None = None
+) -> None:
     """Train, evaluate and save as configured; called by all workers together.
+
+    Args:
+        resolved: the configuration.
+        world: the workers.
+        arguments: of the command line.
+        observe: is told of each evaluation on every worker, before its checkpoint is written; what
+            it raises ends the training.
 
     Raises:
         Stopped: somebody asked for it, and the state is saved.
@@ -77,7 +91,7 @@ def train(resolved: Resolved, world: World, arguments: argparse.Namespace) -> No
     watch = StepWatch(world, config.engine.slow_seconds, config.engine.timeout_seconds)
     journal = Journal(config, run, world, watch)
     writer = CheckpointWriter(run.folder / "checkpoints", config.checkpoint, world)
-    companions = Companions(journal, writer, watch, STOP_REQUEST)
+    companions = Companions(journal, writer, watch, STOP_REQUEST, observe)
     if warning := starting_loss_warning(config, run.head.partition.num_classes):
         journal.say(warning)
     ended = run.ended_by(config)
@@ -229,7 +243,10 @@ def loop(config: Config, run: TrainingRun, world: World, companions: Companions)
                 proxies.evaluated(best, engine.embedder)
                 if proxies.phases.finished:  # With the best weights, of which the last scores are.
                     ends_run = True
-                    evaluate(config, run, world, journal, progress, ends_run)
+                    scores = evaluate(config, run, world, journal, progress, ends_run)
+            if companions.observe is not None:
+                done = max(progress.step / run.total_steps, agreement.share)
+                companions.observe(progress, scores, 1.0 if ends_run else done)
         # A checkpoint of an epoch's end follows its evaluation, so that it knows the best score.
         stops = agreement.stop and not ends_run
         if (

@@ -55,6 +55,13 @@ def mirror_once(folder: Path, destination: Destination) -> str:
             last_step = _last_steps(client, run.info.run_id, list(run.data.metrics))
             received = Received(run_id=run.info.run_id, last_step=last_step)
             save_received(folder, destination, received)
+        if not received.has_parent:
+            # Nothing waits for it: a parent that comes later is found by a later call.
+            parent = str((_config(folder).get("tracking") or {}).get("parent") or "")
+            received.has_parent = not parent or mlflow_run.link_parent(
+                client, experiment, run, parent
+            )
+            save_received(folder, destination, received)
         description = description_of(folder)
         if received.described != description:
             config = _config(folder)

@@ -30,6 +30,8 @@ MOST_DIGEST = 36
 MOST_PARAMS_A_CALL = 100
 
 RUN_ID_TAG = "dist_dml.run_id"
+PARENT_TAG = "mlflow.parentRunId"
+"""By which MLflow's pages show runs below another."""
 
 
 def connect(destination: Destination) -> MlflowClient:
@@ -96,6 +98,23 @@ def find_run(
                 return run
     found = _runs_of(client, experiment, identity)
     return max(found, key=lambda run: len(run.data.metrics), default=None)
+
+
+def link_parent(client: MlflowClient, experiment: str, run: Run, parent: str) -> bool:
+    """Put the run below the one of identity `parent`, if the store has that already.
+
+    Args:
+        client: of the store.
+        experiment: both runs' experiment.
+        run: the child.
+        parent: `run_id` in the parent's run.json.
+    """
+    found = find_run(client, experiment, {"run_id": parent}, None)
+    if found is None:
+        return False
+    if run.data.tags.get(PARENT_TAG) != found.info.run_id:
+        client.set_tag(run.info.run_id, PARENT_TAG, found.info.run_id)
+    return True
 
 
 def remove_twins(
@@ -179,6 +198,8 @@ def log_facts(
     from mlflow.entities import RunTag
 
     facts = {k: v for k, v in identity.items() if isinstance(v, str) and k != "run_id"}
+    own = (config.get("tracking") or {}).get("tags")
+    facts |= {str(key): str(value) for key, value in (own if isinstance(own, dict) else {}).items()}
     if "git_commit" in facts:
         facts["mlflow.source.git.commit"] = facts["git_commit"]  # The UI's "version" column.
     tags = [

@@ -26,6 +26,7 @@ class Received:
         offsets: bytes of each JSONL file that have been dealt with.
         described: digest of `config.yaml` and `run.json` as last sent.
         status: the status event last sent.
+        has_parent: whether the run stands below its parent, where it has one.
     """
 
     run_id: str | None = None
@@ -33,6 +34,7 @@ class Received:
     offsets: dict[str, int] = field(default_factory=dict)
     described: str = ""
     status: dict[str, Any] = field(default_factory=dict)
+    has_parent: bool = False
 
 
 def load_received(folder: Path, destination: Destination) -> Received:

@@ -227,3 +227,21 @@ def test_names_become_what_mlflow_accepts(client):
     for name in ("sop@1//x", "../up", "/top", "ü", "a" * 300, ".", "", "a:b c/d-e.f"):
         _validate_metric_name(mlflow_name(name))
     assert mlflow_name("unseen/cosine/recall_at_1") == "unseen/cosine/recall_at_1"
+
+
+def test_a_run_stands_below_its_study_whichever_comes_first(
+    tmp_path, folder, destination, client
+) -> None:
+    study = tmp_path / "runs" / "study"
+    identity = run_files.identify_run(study, {"kind": "study"})
+    tracking = {"parent": identity["run_id"], "tags": {"trial": "trial-003"}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"tracking": tracking}))
+    # The study is not there yet: nothing waits for it.
+    child = mirror_once(folder, destination)
+    tags = client.get_run(child).data.tags
+    assert tags["trial"] == "trial-003"
+    assert "mlflow.parentRunId" not in tags
+    assert is_mirrored(folder, destination)
+    parent = mirror_once(study, replace(destination, run_name="study"))
+    assert mirror_once(folder, destination) == child
+    assert client.get_run(child).data.tags["mlflow.parentRunId"] == parent

@@ -1,0 +1,1 @@
+"""Searches over configurations: Ray Tune runs the trials, Optuna proposes them."""
