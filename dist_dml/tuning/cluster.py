@@ -112,6 +112,8 @@ def run_trials(
 
     from dist_dml.tuning.source import Bookkeeper
 
+    # It prints the traceback of each trial that fails, whose reason the bookkeeper says.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     scheduler = FIFOScheduler()
     if stop.name == "asha" and sampler is not None:
         scheduler = AsyncHyperBandScheduler(
