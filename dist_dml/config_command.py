@@ -56,14 +56,18 @@ def _print_with_origins(tree: dict, origins: object, prefix: str, changed: bool)
     indent = "  " * (prefix.count(".") + bool(prefix))
     for name, value in tree.items():
         key = f"{prefix}.{name}" if prefix else name
-        if isinstance(value, dict):
-            inside = any(k.startswith(f"{key}.") and o != "default" for k, o in origins.items())
+        # The entries of a mapping came with it.
+        origin = origins.get(key, origins.get(prefix, "default"))
+        if isinstance(value, dict) and value:
+            inside = any(
+                f"{k}.".startswith(f"{key}.") and o != "default" for k, o in origins.items()
+            )
             if inside or not changed:
                 print(f"{indent}{name}:")
                 _print_with_origins(value, origins, key, changed)
-        elif not changed or origins[key] != "default":
+        elif not changed or origin != "default":
             # A file's name may hold bytes that are no text.
-            origin = origins[key].encode("utf-8", "backslashreplace").decode()
+            origin = origin.encode("utf-8", "backslashreplace").decode()
             print(f"{f'{indent}{name}: {_inline(value)}':<56}  # {origin}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing.forkserver
 import os
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,14 @@ if not torch.cuda.is_available():
     with contextlib.suppress(ImportError):
         import triton  # noqa: F401
     del os.environ["TRITON_INTERPRET"]
+
+
+# What workers and test modules import: a worker would take seconds for it, a fork of a server that
+# has it takes none. The first to start a forkserver decides: the loader, with less, if not we here.
+multiprocessing.forkserver.set_forkserver_preload(
+    ["torch", "torch.distributed", "torch._dynamo", "pytest", "dist_dml.train"]
+)
+multiprocessing.forkserver.ensure_running()
 
 
 @pytest.fixture(scope="session")

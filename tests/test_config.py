@@ -271,6 +271,19 @@ def test_config_show_prints_every_value_with_its_origin(
     assert resolve(written(tmp_path, shown), []).config == config
 
 
+def test_config_show_names_the_origin_of_a_mappings_entries(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for asked in ("tracking.tags={team: x}", "tracking.tags.team=x"):
+        assert main(["config", "show", asked]) == 0
+        shown = capsys.readouterr().out
+        assert re.search(r"^  tags:\n    team: x +# argument$", shown, re.MULTILINE)
+    assert main(["config", "show", "--changed", "tracking.tags={team: x}"]) == 0
+    assert re.search(
+        r"^tracking:\n  tags:\n    team: x +# arg", capsys.readouterr().out, re.MULTILINE
+    )
+
+
 def test_config_show_changed_prints_only_what_is_not_a_default(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

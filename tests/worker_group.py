@@ -1,7 +1,8 @@
 """Run a function in N real gloo workers and hand back what each returned.
 
-Workers come from a forkserver that has preloaded torch and dist_dml: a plain fork hangs once the
-parent has run a parallel torch operation, and spawn pays the imports for every worker.
+Workers come from a forkserver that has preloaded torch and dist_dml (conftest.py): a plain fork
+hangs once the parent has run a parallel torch operation, and spawn pays the imports for every
+worker.
 """
 
 from __future__ import annotations
@@ -17,9 +18,6 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
-
-# What test modules import: a worker would take a second for it, a fork of this takes none.
-_PRELOADED = ["torch", "torch.distributed", "torch._dynamo", "pytest", "dist_dml.train"]
 
 
 class WorkerFailed(AssertionError):
@@ -44,7 +42,6 @@ def run_workers(
         WorkerFailed: with the first failing worker's traceback; all workers are killed.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
     meeting_point = str(tmp_path / f"store-{uuid.uuid4().hex}")
     receivers: list[Connection] = []
     processes = []

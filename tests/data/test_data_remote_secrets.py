@@ -197,6 +197,7 @@ def test_an_index_of_an_earlier_version_with_a_secret_is_refused(server, tmp_pat
 
 
 def test_the_folder_of_a_data_set_may_come_from_the_environment(index, monkeypatch):
+    monkeypatch.setattr(credentials, "_shown_as", {})  # Else later tests' paths are hidden.
     monkeypatch.setenv("DATA_ROOT", str(index.folder.parent))
     config = DataConfig(path=f"${{DATA_ROOT}}/{index.folder.name}", split="train")
     assert open_index(config).fingerprint == index.fingerprint

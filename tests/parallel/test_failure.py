@@ -51,7 +51,6 @@ class Ended:
 def run_together(scenario: str, folder: Path, deadline_seconds: float = 30.0) -> Ended:
     """Start the workers of a scenario as a launcher would, and wait for all of them."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed"])
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
