@@ -47,7 +47,7 @@ COMMANDS = {
     "index": ("dist_dml.data.index_command", "index anybody's WebDataset tars, local or remote"),
     "verify": ("dist_dml.data.verify", "decode every image; --fix leaves damaged ones out"),
     "leaks": ("dist_dml.data.leaks", "find images shared by splits, and label conflicts"),
-    "track": ("dist_dml.tracking.sync_command", "send what MLflow has missed"),
+    "track": ("dist_dml.tracking.track_command", "runs into MLflow (sync) or tables (export)"),
     "ui": ("dist_dml.tracking.ui_command", "open the MLflow UI on this machine"),
 }
 GROUPS = ("pack", "classes", "search")

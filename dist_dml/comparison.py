@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from dist_dml.comparison_table import build_comparison, comparison_text
 from dist_dml.config_loading import resolve
 from dist_dml.errors import RunError, UsageError
 from dist_dml.evaluation_config import ProtocolConfig
-from dist_dml.protocol import FOLDER, add_numbers, check_numbers, write_report
+from dist_dml.protocol import FOLDER, RESULTS, add_numbers, check_numbers, write_report
 from dist_dml.protocol_folds import (
     Fold,
     check_data,
@@ -40,7 +41,9 @@ from dist_dml.protocol_launch import (
     testing_stage,
     training_stage,
 )
+from dist_dml.protocol_table import summary_values, table_text
 from dist_dml.report.run_comparison import compare_runs
+from dist_dml.tracking.parent_run import ParentRun, parent_run, sync_below, write_child
 from dist_dml.tracking.plots import save_figure
 from dist_dml.whole_files import write_json, write_text
 
@@ -74,11 +77,15 @@ def compare(arguments: argparse.Namespace) -> None:
     _check_alike(planned, tests)
     index = check_data(planned[methods[0]][0].folds[0], held_out)
     folder = Path(first.run.root) / first.run.name / "comparison"
-    work = _Work(arguments.config, arguments.workers, slots, held_out)
-    with only_command(folder, "compare") as lock:
+    with only_command(folder, "compare") as lock, ExitStack() as started:
         for trial in _all(planned):
             for fold in trial.folds:
                 check_unchanged(fold)
+        shared = resolve(arguments.config, arguments.overrides).config
+        parent = started.enter_context(
+            parent_run(folder.parent, shared, "comparison", dataset_fingerprint=index.fingerprint)
+        )
+        work = _Work(arguments.config, arguments.workers, slots, held_out, parent)
         failures = work.try_out(planned, lock) if len(planned[methods[0]]) > 1 else {}
         chosen = {method: chosen_trial(trials) for method, trials in planned.items()}
         failures |= work.finish([trial for trial in chosen.values() if trial is not None], lock)
@@ -88,6 +95,7 @@ def compare(arguments: argparse.Namespace) -> None:
                 continue
             place = trial.folds[0].folder.parent / FOLDER
             reports[method] = write_report(place, index, trial.folds, held_out)
+            _write_method(place, trial, reports[method], parent)
         if not reports:
             raise RunError(f"no method has finished: {'; '.join(failures.values())}")
         comparison = build_comparison(planned, chosen, reports, failures)
@@ -95,6 +103,11 @@ def compare(arguments: argparse.Namespace) -> None:
         text = comparison_text(comparison)
         write_text(folder / "table.md", text)
         save_figure(comparison_picture(comparison), folder / "comparison.png")
+        parent.describe(text)
+        for name in ("comparison.json", "table.md", "comparison.png"):
+            parent.recorder.note_artifact(folder / name, "report")
+    if first.tracking.mlflow and (trouble := sync_below(folder.parent, num_runs)):
+        print(f"note: {trouble}", file=sys.stderr)
     print(f"\n{text}\ntable:    {folder / 'table.md'} (every number: comparison.json)")
     print(f"picture:  {folder / 'comparison.png'}")
     missing = [method for method in methods if method not in reports]
@@ -104,6 +117,18 @@ def compare(arguments: argparse.Namespace) -> None:
             f"table ({'; '.join(failures.values())}); mend the reason and run the same command "
             "again: what has finished stays"
         )
+
+
+def _write_method(place: Path, trial: Trial, report: Mapping[str, Any], parent: ParentRun) -> None:
+    """A method's row in MLflow, beside its folds: the chosen trial's settings and the result."""
+    config = trial.folds[0].config
+    run = config.run.model_copy(update={"name": f"{_root_name(trial)}/{trial.name}/{FOLDER}"})
+    tags = {**config.tracking.tags, "comparison": _root_name(trial), "method": trial.method}
+    tracking = config.tracking.model_copy(update={"parent": parent.run_id, "tags": tags})
+    shown = config.model_copy(update={"run": run, "tracking": tracking})
+    values, steps = summary_values(report), len(trial.folds)
+    facts = {"trial": trial.name, "setting": trial.setting}
+    write_child(place, shown, "method", values, steps, table_text(report), RESULTS, **facts)
 
 
 def _all(planned: Mapping[str, Sequence[Trial]]) -> Iterable[Trial]:
@@ -153,8 +178,10 @@ class _Work:
         workers: int,
         slots: Sequence[Mapping[str, str]],
         held_out: ProtocolConfig,
+        parent: ParentRun,
     ) -> None:
         self._path, self._workers, self._slots, self._held_out = path, workers, slots, held_out
+        self._parent = parent
 
     def try_out(self, planned: Mapping[str, Sequence[Trial]], lock: int) -> dict[str, str]:
         """Train every trial on the first fold. Returns what failed, by name."""
@@ -182,7 +209,15 @@ class _Work:
         return self._run(jobs, num_done, "folds", lock)
 
     def _training(self, trial: Trial, fold: Fold) -> Stage:
-        return training_stage([f"{self._path}:{trial.method}"], fold, self._workers)
+        tags = {
+            "comparison": _root_name(trial),
+            "method": trial.method,
+            "trial": trial.name.rpartition("-")[2],
+            "fold": fold.number,
+            "repeat": fold.repeat,
+        }
+        below = self._parent.words_of_child(fold.config, tags)
+        return training_stage([f"{self._path}:{trial.method}"], fold, self._workers, below)
 
     def _run(self, jobs: Sequence[Job], num_done: int, what: str, lock: int) -> dict[str, str]:
         print(

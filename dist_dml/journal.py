@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,6 +25,7 @@ from dist_dml.parallel.heads import ObjectiveOutput
 from dist_dml.parallel.step_watch import StepWatch
 from dist_dml.parallel.world import World
 from dist_dml.tracking.live import LiveLine
+from dist_dml.tracking.load_sampler import start_load_sampler, stop_load_sampler
 from dist_dml.tracking.mirror import Mirror, start_mirror
 from dist_dml.tracking.plots import save_figure, training_curves
 from dist_dml.tracking.recorder import Recorder, read_metrics
@@ -73,7 +75,11 @@ class Journal:
         self._saves_failed = 0
         self._line: LiveLine | None = None
         self.table = ""
+        self._sampler: subprocess.Popen[bytes] | None = None
         if not self._writes:
+            ranks, tracking = world.ranks, config.tracking
+            if ranks.local_rank == 0 and tracking.mlflow and tracking.system_metrics:
+                self._sampler = start_load_sampler(run.folder, ranks.rank // ranks.local_size)
             return
         self._recorder = Recorder(run.folder)
         identify_run(run.folder, run_facts(config, run))
@@ -265,6 +271,7 @@ class Journal:
     def fail(self, status: str) -> None:
         """Leave in bad order: the mirror sees it and ends by itself, the error is told
         elsewhere."""
+        self._end_sampler()
         if self._line is not None:
             self._line.close()
         if self._recorder is not None:
@@ -273,6 +280,7 @@ class Journal:
 
     def finish(self, config: Config, run: TrainingRun) -> None:
         """Draw the curves, wait a bounded time for MLflow, print scores and where all lies."""
+        self._end_sampler()
         if self._recorder is None or self._line is None:
             return
         self._line.close()
@@ -292,6 +300,11 @@ class Journal:
         if config.tracking.mlflow:
             print(missing or f"MLflow:      dist-dml ui --root {config.run.root}")
         sys.stdout.flush()
+
+    def _end_sampler(self) -> None:
+        if self._sampler is not None:
+            stop_load_sampler(self._sampler)
+            self._sampler = None
 
 
 def _headline(config: Config, run: TrainingRun, world: World) -> str:

@@ -11,6 +11,7 @@ import argparse
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,15 @@ from dist_dml.protocol_launch import (
     training_stage,
 )
 from dist_dml.protocol_scores import combination_scores, concatenated_scores
-from dist_dml.protocol_table import build_report, dataset_name, table_text
+from dist_dml.protocol_table import build_report, dataset_name, summary_values, table_text
 from dist_dml.reference_tables import lines_for
+from dist_dml.tracking.parent_run import parent_run, sync_below
 from dist_dml.whole_files import write_json, write_text
 
 FOLDER = "protocol"
 """Below `runs/NAME`: the result of all folds together."""
+RESULTS = ("protocol.json", "table.md")
+"""The files there: every number, and the table."""
 
 
 def protocol(arguments: argparse.Namespace) -> None:
@@ -66,11 +70,15 @@ def protocol(arguments: argparse.Namespace) -> None:
     folds = plan_folds(arguments.config, arguments.overrides, num_folds, arguments.repeats, threads)
     index = check_data(folds[0], held_out)
     folder = Path(config.run.root) / config.run.name / FOLDER
-    with only_command(folder, "protocol") as lock:
+    with only_command(folder, "protocol") as lock, ExitStack() as started:
         for fold in folds:
             check_unchanged(fold)
         missing = [fold for fold in folds if finished_test(fold, held_out) is None]
         num_done = len(folds) - len(missing)
+        fingerprint = index.fingerprint
+        parent = started.enter_context(
+            parent_run(folder.parent, config, "protocol", dataset_fingerprint=fingerprint)
+        )
         print(
             f"{folder.parent}: {len(folds)} folds, {num_done} done before; "
             f"{min(len(slots), max(1, len(missing)))} at a time, {arguments.workers} worker(s) of "
@@ -80,11 +88,21 @@ def protocol(arguments: argparse.Namespace) -> None:
         )
         jobs = []
         for fold in missing:
-            trains = training_stage([arguments.config], fold, arguments.workers)
+            tags = {"protocol": config.run.name, "fold": fold.number, "repeat": fold.repeat}
+            below = parent.words_of_child(config, tags)
+            trains = training_stage([arguments.config], fold, arguments.workers, below)
             jobs.append(Job(fold.name, (trains, testing_stage(fold, held_out, arguments.workers))))
         run_jobs(jobs, slots, num_done, lock)
         every = arguments.all_combinations
-        text = table_text(write_report(folder, index, folds, held_out, every))
+        report = write_report(folder, index, folds, held_out, every)
+        parent.recorder.record(len(folds), 0, 0.0, summary_values(report))
+        for name in RESULTS:
+            parent.recorder.note_artifact(folder / name, "report")
+        text = table_text(report)
+        parent.describe(text)
+    # The folds' mirrors ended with their training, before the test.
+    if config.tracking.mlflow and (trouble := sync_below(folder.parent, len(folds))):
+        print(f"note: {trouble}", file=sys.stderr)
     print(f"\n{text}\ntable:  {folder / 'table.md'} (every number: protocol.json)")
 
 
@@ -134,8 +152,8 @@ def write_report(
     reference = lines_for(dataset_name(index), folds[0].config.loss.name)
     report = build_report(index, folds, tests, concatenated, reference, combined)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "protocol.json", report)
-    write_text(folder / "table.md", table_text(report))
+    write_json(folder / RESULTS[0], report)
+    write_text(folder / RESULTS[1], table_text(report))
     return report
 
 

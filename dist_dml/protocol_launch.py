@@ -71,16 +71,19 @@ def _visible_devices(count: int) -> list[str]:
     return (named.split(",") if named else [str(i) for i in range(count)])[:count]
 
 
-def training_stage(given: Sequence[str], fold: Fold, workers: int) -> Stage:
+def training_stage(
+    given: Sequence[str], fold: Fold, workers: int, tracking: Sequence[str] = ()
+) -> Stage:
     """Training of a fold, or what is missing of it.
 
     Args:
         given: the `--config` values.
         fold: which.
         workers: of torchrun, above 1.
+        tracking: further overrides, of where it stands in MLflow.
     """
     files = [word for path in given for word in ("--config", path)]
-    command = [*_launcher(workers), "-m", "dist_dml.train", *files, *fold.overrides]
+    command = [*_launcher(workers), "-m", "dist_dml.train", *files, *fold.overrides, *tracking]
     return Stage("training", tuple(command), fold.folder / "protocol.log")
 
 

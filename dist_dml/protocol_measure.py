@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import zipfile
 from collections.abc import Sequence
@@ -29,16 +28,19 @@ from dist_dml.parallel.world import World
 from dist_dml.protocol_folds import TEST_FILE
 from dist_dml.retrieval.distances import named_distance
 from dist_dml.retrieval.embeddings import Embeddings
-from dist_dml.tracking.recorder import read_metrics
+from dist_dml.tracking.recorder import Recorder, read_metrics
 from dist_dml.tracking.run_files import CONFIG
-from dist_dml.whole_files import write_json
+from dist_dml.whole_files import replaced, write_json
 
 PEAK = "memory/peak_mebibytes"
 """Metric under which a training records the most memory that one of its workers has held."""
 
 
 def measure_fold(resolved: Resolved, world: World, arguments: argparse.Namespace) -> None:
-    """Embed the test splits, score them, write embeddings and then `test.json`; by all workers."""
+    """Embed the test splits, score them, write embeddings and then `test.json`; by all workers.
+
+    The scores also join the run's metrics, as `test/DISTANCE/SCORE` at the step that was tested.
+    """
     config = resolved.config
     run = Path(arguments.run)
     found, newest = best_checkpoint(run)
@@ -82,6 +84,11 @@ def measure_fold(resolved: Resolved, world: World, arguments: argparse.Namespace
             if key.startswith(prefix)
         },
     }
+    tested = manifest.progress
+    recorder = Recorder(run)
+    scores = {key: value for key, value in measured.scores.items() if key.startswith(prefix)}
+    recorder.record(tested.step, tested.images_seen, tested.seconds, scores)
+    recorder.close()
     # Last, and whole or absent: whoever finds it finds the embeddings too.
     write_json(run / TEST_FILE, content)
     print(f"{run / TEST_FILE}: {checkpoint.name} tested")
@@ -103,12 +110,8 @@ def best_checkpoint(run: Path) -> tuple[tuple[Path, Manifest], Manifest]:
 
 def write_embeddings(path: Path, embeddings: Embeddings) -> None:
     """Replace `path` by vectors (n, D) float32, labels and ids (n,) int64, as an npz archive."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as stream:
+    with replaced(path) as stream:
         np.savez(stream, vectors=embeddings.vectors, labels=embeddings.labels, ids=embeddings.ids)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
 
 
 def read_embeddings(path: Path) -> Embeddings:

@@ -69,6 +69,25 @@ def build_report(
     }
 
 
+def summary_values(report: Mapping[str, Any]) -> dict[str, float]:
+    """The result as metrics: `protocol/separated/SCORE` (mean over repeats of the folds' mean, with
+    the deviation over all runs beside it), `protocol/concatenated/SCORE`, means of the cost.
+
+    Scores are shares, 0..1.
+    """
+    over = report["over_runs"]
+    values = {
+        f"protocol/{kind}/{name}": spread["mean"]
+        for kind, scores in report["over_repeats"].items()
+        for name, spread in scores.items()
+    }
+    for name in SCORES:
+        values[f"protocol/separated/{name}_deviation"] = over[name]["deviation"]
+    for name in ("validation_map_at_r", "best_seconds", "best_images_seen"):
+        values[f"protocol/{name}"] = over[name]["mean"]
+    return {name: float(value) for name, value in values.items() if value is not None}
+
+
 def dataset_name(index: Index) -> str:
     """What the packer calls its data set (`cub`, `cars`, ...); empty for tars of other makers."""
     source = index.metadata.get("source", {})

@@ -30,7 +30,7 @@ from dist_dml.restarts import launch_identity, restart_count
 from dist_dml.resuming import restore
 from dist_dml.run_lock import RunLock
 from dist_dml.skipped_batches import skipped_steps
-from dist_dml.tracking.run_files import IDENTITY, identify_run, read_json
+from dist_dml.tracking.run_files import IDENTITY, check_kind, identify_run, read_json
 from dist_dml.training_head import build_head, label_sets_of, sum_dtype
 
 # A start this many times above that of p = 1 is worth a word.
@@ -152,6 +152,7 @@ def _claim_folder(
         if config.run.resume == "no" and not goes_on:
             _find_start(config, folder, goes_on)  # Refused at once, and not after a wait.
         if folder.is_dir():
+            check_kind(folder, "")
             lock.acquire(folder)
         found = _find_start(config, folder, goes_on)
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)

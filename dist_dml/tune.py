@@ -35,9 +35,8 @@ from dist_dml.evaluation_config import ProtocolConfig
 from dist_dml.protocol_launch import check_launcher, only_command
 from dist_dml.retrieval.distances import named_distance
 from dist_dml.retrieval.metrics import score_names
-from dist_dml.tracking.mirror import start_mirror
-from dist_dml.tracking.recorder import Recorder
-from dist_dml.tracking.run_files import identify_run
+from dist_dml.tracking.parent_run import ParentRun, parent_run
+from dist_dml.tracking.run_files import check_kind
 from dist_dml.tuning.environment import check_shared, cluster_address, prepare_environment
 from dist_dml.tuning.ledger import Ledger, TrialRecord
 from dist_dml.tuning.results import study_facts, study_text, write_pictures
@@ -50,7 +49,6 @@ if TYPE_CHECKING:
     from dist_dml.tuning.placement import Placement
     from dist_dml.tuning.trial import TrialPlan
 
-_MIRROR_SECONDS = 30.0
 _FIRST_CONFIRMING_SEED = 1001
 """Of seeds that no trial of the search has."""
 
@@ -67,8 +65,7 @@ class Study:
     folder: Path
     ledger: Ledger
     sampler: Sampler
-    recorder: Recorder
-    run_id: str
+    parent: ParentRun
 
 
 def tune(arguments: argparse.Namespace) -> None:
@@ -110,31 +107,16 @@ def opened(
 ) -> Iterator[Study]:
     """The study in its folder; whatever happens inside, what is known is written at the end."""
     config = resolve(arguments.config, arguments.overrides).config
+    check_kind(folder, "study")
     ledger = Ledger(folder, _digest(search, metric, config))
-    identity = identify_run(folder, {"kind": "study", "metric": metric})
-    write_text(folder / "config.yaml", to_yaml(config))
     ended = [one for one in ledger.of_kind("search") if one.state != "running"]
     sampler = Sampler(search, ended)
-    recorder = Recorder(folder)
-    mirror = None
-    if config.tracking.mlflow:
-        mirror = start_mirror(folder, config.tracking, Path(config.run.root), config.run.name)
-    study = Study(
-        arguments, search, config, metric, folder, ledger, sampler, recorder, identity["run_id"]
-    )
-    status = "FAILED"
-    try:
-        yield study
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        print(write_results(study))
-        recorder.note_end(status)
-        recorder.close()
-        if mirror is not None and (trouble := mirror.finish(_MIRROR_SECONDS)):
-            print(f"note: {trouble}", file=sys.stderr)
+    with parent_run(folder, config, "study", metric=metric) as parent:
+        study = Study(arguments, search, config, metric, folder, ledger, sampler, parent)
+        try:
+            yield study
+        finally:
+            print(write_results(study))
 
 
 def search_trials(study: Study, cluster: Cluster) -> None:
@@ -197,12 +179,13 @@ def placed(study: Study, cluster: Cluster) -> tuple[Placement, TrialPlan]:
         config_files=tuple(arguments.config),
         overrides=tuple(arguments.overrides),
         study=study.config.run.name,
-        parent=study.run_id,
+        parent=study.parent.run_id,
         folder=str(Path.cwd()),
         metric=study.metric,
         test_metric=search.confirm.metric,
         workers=search.trial.workers,
         worker=placement.worker,
+        tags=dict(study.config.tracking.tags),
         storage=str((study.folder / "tune" / "ray").resolve()),
         threads=0 if study.config.engine.threads else max(1, int(search.trial.cpus)),
     )
@@ -226,11 +209,12 @@ def write_results(study: Study) -> str:
         write_text(folder / "best.yaml", head + to_yaml(chosen))
         text += f"\n\nbest:   dist-dml train --config {folder / 'best.yaml'}"
     write_text(folder / "table.txt", text + "\n")
+    study.parent.describe(f"```\n{text}\n```")
     for path in write_pictures(folder, search, study.metric, ledger, importances):
-        study.recorder.note_figure(path)
+        study.parent.recorder.note_figure(path)
     for name in ("study.json", "table.txt", "best.yaml"):
         if (folder / name).is_file():
-            study.recorder.note_artifact(folder / name, "study")
+            study.parent.recorder.note_artifact(folder / name, "study")
     return f"{text}\nstudy:  {folder}/ (ledger.jsonl, study.json, pictures)"
 
 
@@ -290,7 +274,7 @@ def _recording(study: Study) -> Callable[[TrialRecord], None]:
             values["tune/best"] = best.best
         seconds = sum(one.seconds for one in ended)
         images = sum(int(one.reports[-1]["images_seen"]) for one in ended if one.reports)
-        study.recorder.record(len(ended), images, seconds, values)
+        study.parent.recorder.record(len(ended), images, seconds, values)
 
     return record
 

@@ -19,9 +19,9 @@ from dist_dml.credentials import RedactedStream
 from dist_dml.errors import UsageError
 from dist_dml.tracking import run_files
 from dist_dml.tracking.destination import Destination
+from dist_dml.tracking.load_sampler import LoadSampler, is_alive
 
 WATCH_SECONDS = 0.5
-SYSTEM_SECONDS = 10.0
 MOST_BACKOFF_SECONDS = 300.0
 
 EXIT_MIRRORED = 0
@@ -144,7 +144,7 @@ def _watch(watch: Watch) -> None:
     os._exit(EXIT_INCOMPLETE)
 
 
-def _await_end(watch: Watch, sampler: _Sampler | None) -> None:
+def _await_end(watch: Watch, sampler: LoadSampler | None) -> None:
     was_child = os.getppid() == watch.parent
     seen = -1
     while True:
@@ -158,7 +158,7 @@ def _await_end(watch: Watch, sampler: _Sampler | None) -> None:
             return
         if status and status["status"] != "RUNNING":
             return
-        if not _is_alive(watch.parent, was_child):
+        if not is_alive(watch.parent, was_child):
             # Its last event may have been written since the file was read.
             if run_files.last_status(watch.folder).get("status") == "RUNNING":
                 run_files.append_event(
@@ -171,61 +171,13 @@ def _await_end(watch: Watch, sampler: _Sampler | None) -> None:
         time.sleep(WATCH_SECONDS)
 
 
-def _start_sampler(watch: Watch) -> _Sampler | None:
+def _start_sampler(watch: Watch) -> LoadSampler | None:
     """A sampler if one is wanted and the machine can be read: the watch goes on without it."""
     try:
-        return _Sampler(watch.folder) if watch.system_metrics else None
+        return LoadSampler(watch.folder) if watch.system_metrics else None
     except Exception as error:
         run_files.note_problem(watch.folder, f"no system metrics: {error}")
         return None
-
-
-def _is_alive(parent: int, was_child: bool) -> bool:
-    """Whether the trainer still runs. A dead one that nobody has waited for does not."""
-    if was_child:
-        # The kernel gives orphans to another parent at the moment of death.
-        return os.getppid() == parent
-    import psutil
-
-    try:
-        return psutil.Process(parent).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-class _Sampler:
-    """Writes the machine's load to `system.jsonl`, from where it is mirrored like all else.
-
-    The step of a reading is the number of seconds since the run began: it grows through restarts.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        from dist_dml.tracking.recorder import Recorder
-        from dist_dml.tracking.system_metrics import gpu_handles, read_system
-
-        self._recorder = Recorder(folder, run_files.SYSTEM)
-        self._started_at = run_files.identify_run(folder, {})["started_at"]
-        self._handles = gpu_handles()
-        self._read = read_system
-        self._read(self._handles)
-        self._due = time.monotonic() + SYSTEM_SECONDS
-
-    def sample_when_due(self) -> bool:
-        """Record a reading if it is time. False if the machine cannot be read any more."""
-        if time.monotonic() < self._due:
-            return True
-        self._due += SYSTEM_SECONDS
-        seconds = time.time() - self._started_at
-        try:
-            self._recorder.record(int(seconds), 0, seconds, self._read(self._handles))
-        except Exception as error:
-            run_files.note_problem(self._recorder.folder, f"system metrics end here: {error}")
-            return False
-        return True
-
-    def close(self) -> None:
-        """Write readings that the disk has not taken so far, if it takes them now."""
-        self._recorder.close()
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def mirror_once(folder: Path, destination: Destination) -> str:
             mlflow_run.log_facts(client, run, identity, config)
             received.described = description
             save_received(folder, destination, received)
-        for name in (run_files.METRICS, run_files.SYSTEM):
+        for name in (run_files.METRICS, *run_files.system_files(folder)):
             _send_metrics(client, folder, destination, received, name, identity["started_at"])
         _send_artifacts(client, folder, destination, received)
         # At its begin and at its end: a request that was late may have come to effect meanwhile.

@@ -55,7 +55,7 @@ def is_mirrored(folder: Path, destination: Destination) -> bool:
         and received.status == run_files.last_status(folder)
         and all(
             received.offsets.get(name, 0) == _whole_size(folder / name)
-            for name in (run_files.METRICS, run_files.SYSTEM, run_files.EVENTS)
+            for name in (run_files.METRICS, *run_files.system_files(folder), run_files.EVENTS)
         )
     )
 

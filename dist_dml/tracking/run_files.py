@@ -12,22 +12,28 @@ import os
 import stat
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dist_dml.credentials import redact
+from dist_dml.errors import UsageError
 from dist_dml.whole_files import write_json
 
 METRICS = "metrics.jsonl"
 """One object a line: `step, images_seen, seconds, name, value`. The source of truth."""
 SYSTEM = "system.jsonl"
-"""Processor, memory and GPU readings in the same form, written by the mirror process."""
+"""Processor, memory and GPU readings in the same form, of the first worker's machine."""
+_SYSTEM_OF_OTHERS = "system-*.jsonl"
+"""Those of other machines, see `system_name`."""
 EVENTS = "artifacts.jsonl"
 """One object a line: a file worth keeping (`path, folder`) or a change of `status`."""
 CONFIG = "config.yaml"
 """The resolved config."""
 IDENTITY = "run.json"
 """`run_id`, `started_at` and facts about the run, see `identify_run`."""
+KIND = "kind"
+"""Tag of what a run is: `study`, `protocol`, `comparison`, `method`; trainings have none."""
 MIRROR_STATE = "mlflow.json"
 """What each MLflow store has received. Losing it costs a look at the server, no more."""
 MIRROR_LOG = "mlflow.log"
@@ -58,6 +64,52 @@ def identify_run(folder: Path, facts: dict[str, str]) -> dict[str, Any]:
     if identity != before:
         write_json(folder / IDENTITY, identity)
     return identity
+
+
+def system_name(node: int) -> str:
+    """The file of a machine's readings; 0 is the first worker's."""
+    return f"system-{node}.jsonl" if node else SYSTEM
+
+
+def system_files(folder: Path) -> list[str]:
+    """The names of all machines' readings of a run, the first worker's first."""
+    return [SYSTEM, *sorted(path.name for path in folder.glob(_SYSTEM_OF_OTHERS))]
+
+
+def runs_below(given: Sequence[Path]) -> list[Path]:
+    """The folders among and below `given` that hold a run, sorted, each once.
+
+    Raises:
+        UsageError: one of them has none.
+    """
+    found: dict[Path, None] = {}
+    for folder in given:
+        runs = sorted({path.parent for path in folder.rglob(IDENTITY)})
+        if not runs:
+            raise UsageError(
+                f"{folder} holds no run: neither it nor a folder below has a {IDENTITY}"
+            )
+        found |= dict.fromkeys(runs)
+    return list(found)
+
+
+def check_kind(folder: Path, kind: str) -> None:
+    """Refuse a folder in which something else began: both would be one run in MLflow.
+
+    Args:
+        folder: need not exist.
+        kind: of what is to begin; "" for a training.
+
+    Raises:
+        UsageError: with what lies there.
+    """
+    identity = read_json(folder / IDENTITY)
+    found = str(identity.get(KIND, ""))
+    if identity and found != kind and (folder / CONFIG).exists():
+        raise UsageError(
+            f"{folder} holds a {found or 'training'} and a {kind or 'training'} is to begin there; "
+            "choose another run.name"
+        )
 
 
 def complete_lines(

@@ -1,4 +1,4 @@
-"""`dist-dml track sync RUN_FOLDER`: send to MLflow what it does not have of a run."""
+"""`dist-dml track sync RUN_FOLDER ...`: send to MLflow what it does not have of runs."""
 
 from __future__ import annotations
 
@@ -10,13 +10,17 @@ from dist_dml.credentials import redact, refuse_secret
 from dist_dml.errors import RunError, UsageError
 from dist_dml.tracking import run_files
 from dist_dml.tracking.destination import destination_of, root_of, stored_config
+from dist_dml.tracking.run_files import runs_below
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `dist-dml track`."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    sync = actions.add_parser("sync", help="send to MLflow what it does not have of a run")
+def add_arguments(sync: argparse.ArgumentParser) -> None:
+    """The arguments of `dist-dml track sync`."""
     sync.add_argument("folder", type=Path, nargs="+", metavar="RUN_FOLDER")
+    sync.add_argument(
+        "--recursive",
+        action="store_true",
+        help="also the runs in folders below: a study's trials, a protocol's folds",
+    )
     sync.add_argument(
         "--uri",
         help="tracking server or database, secrets as ${NAME} (single quotes in a shell); default: "
@@ -37,7 +41,12 @@ def run(arguments: argparse.Namespace) -> int:
         UsageError: for a folder that holds no run, or if MLflow is not installed.
         RunError: if the store does not answer. What it has taken until then is noted.
     """
-    for folder in arguments.folder:
+    folders = arguments.folder
+    if arguments.recursive:
+        folders = runs_below(folders)
+        if arguments.status is not None:
+            raise UsageError("--status says how one run ended: leave --recursive out")
+    for folder in folders:
         sync(folder, arguments.uri, arguments.experiment, arguments.status)
     return 0
 

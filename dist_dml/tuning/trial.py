@@ -19,6 +19,7 @@ from typing import Any
 
 from dist_dml.checkpoint_manifest import Progress
 from dist_dml.errors import RunError, Stopped, UsageError
+from dist_dml.tracking.parent_run import words_of_child
 from dist_dml.tracking.recorder import read_metrics
 
 Report = Callable[[dict[str, Any]], None]
@@ -34,6 +35,8 @@ class TrialPlan:
     """`run.name` of the study; trials are named below it."""
     parent: str
     """`run_id` of the study."""
+    tags: Mapping[str, str]
+    """The study's own, which its trials have too."""
     folder: str
     """Where the command was given: relative paths of the configuration begin there."""
     metric: str
@@ -119,11 +122,11 @@ def reason_of(error: BaseException) -> str:
 def _own_settings(config: Mapping[str, Any], plan: TrialPlan) -> list[str]:
     """The trial's place, and that it goes on where an earlier attempt of it ended."""
     tags = {"study": plan.study, "trial": config["trial"], "trial_kind": config["kind"]}
+    below = words_of_child(plan.parent, plan.tags, tags)
     settings = [
         f"run.name={json.dumps(plan.study + '/' + config['trial'])}",
         "run.resume=auto",
-        f"tracking.parent={plan.parent}",
-        f"tracking.tags={json.dumps(tags)}",
+        *below,
     ]
     return settings + [f"engine.threads={plan.threads}"] * bool(plan.threads)
 

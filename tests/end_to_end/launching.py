@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import torch
 from safetensors.torch import load_file
+from warm_starts import start_warm
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -106,6 +107,10 @@ class Launcher:
         head = {
             "python": [str(BIN / "python"), "-m", "dist_dml.train"],
             "by hand": [str(BIN / "python"), "-m", "dist_dml.train"],
+            "deepspeed by hand": [
+                *(str(BIN / "python"), "-m", "dist_dml.train"),
+                "engine.name=deepspeed",
+            ],
             "torchrun": [
                 *(str(BIN / "torchrun"), "--nproc-per-node", str(workers)),
                 *("--master-port", port, "dist_dml/train.py"),
@@ -125,23 +130,27 @@ class Launcher:
         settings: Sequence[str] | None = None,
         of_worker: Mapping[int, Sequence[str]] | None = None,
         variables: Mapping[str, str] | None = None,
+        cold: bool = False,
     ) -> list[subprocess.Popen[str]]:
         """The processes of one run; several only for workers started by hand, each of which can
-        get further arguments of its own. `variables`: added to the environment of all."""
+        get further arguments of its own. `variables`: added to the environment of all.
+
+        What no launcher starts is forked from a process that has the imports, unless `cold`."""
         settings = self.settings if settings is None else settings
         environment = plain_environment() | dict(variables or {})
         command = self.command(kind, workers, [*settings, *arguments])
         port = str(free_port())
         environments = [environment]
-        if kind == "by hand":
+        if kind.endswith("by hand"):
             environments = [
                 environment
                 | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers)}
                 | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
                 for rank in range(workers)
             ]
+        warm = (kind == "python" or kind.endswith("by hand")) and not (cold or variables)
         return [
-            self.popen([*command, *(of_worker or {}).get(rank, ())], each)
+            self.popen([*command, *(of_worker or {}).get(rank, ())], each, warm)
             for rank, each in enumerate(environments)
         ]
 
@@ -150,9 +159,11 @@ class Launcher:
         return [self.popen(command, plain_environment())]
 
     def popen(
-        self, command: Sequence[str], environment: Mapping[str, str]
+        self, command: Sequence[str], environment: Mapping[str, str], warm: bool = False
     ) -> subprocess.Popen[str]:
         """One process, with its output in one pipe."""
+        if warm:
+            return start_warm(command, "dist_dml.train", environment, ROOT)
         return subprocess.Popen(
             command,
             cwd=ROOT,

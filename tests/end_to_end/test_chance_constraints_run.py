@@ -23,7 +23,7 @@ def test_every_layout_trains_alike_and_resumes_on_another_in_the_middle_of_a_pro
     assert alone.exit_code == 0, alone.output
     expected = launcher.losses("alone")
     assert list(expected) == list(range(1, 13))
-    several = launcher.run("torchrun", 3, *every, "run.name=several")
+    several = launcher.run("by hand", 3, *every, "run.name=several")
     assert several.exit_code == 0, several.output
     assert list(launcher.losses("several").values()) == pytest.approx(
         list(expected.values()), rel=1e-4
@@ -32,7 +32,7 @@ def test_every_layout_trains_alike_and_resumes_on_another_in_the_middle_of_a_pro
     for step in (3, 9):
         name = f"resumed{step}"
         start = launcher.root / "several" / "checkpoints" / f"step-{step:09d}"
-        resumed = launcher.run("torchrun", 2, *every, f"run.name={name}", f"run.resume={start}")
+        resumed = launcher.run("by hand", 2, *every, f"run.name={name}", f"run.resume={start}")
         assert resumed.exit_code == 0, resumed.output
         after = launcher.losses(name)
         assert list(after) == list(range(step + 1, 13))

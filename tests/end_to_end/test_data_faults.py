@@ -44,7 +44,7 @@ def test_damaged_images_are_replaced_alike_on_any_layout_counted_and_listed(
 ) -> None:
     arguments = [*TRAINING, f"data.path={broken}", "evaluation.every_epochs=1"]
     one = launcher.run("python", 1, "run.name=one", *arguments)
-    two = launcher.run("torchrun", 2, "run.name=two", "data.loader_processes=2", *arguments)
+    two = launcher.run("by hand", 2, "run.name=two", "data.loader_processes=2", *arguments)
     assert (one.exit_code, two.exit_code) == (0, 0), one.output + two.output
     expected = launcher.losses("one")
     for step, loss in launcher.losses("two").items():
@@ -69,7 +69,7 @@ def test_strict_ends_every_worker_with_the_name_of_the_image(
     launcher: Launcher, broken: Path
 ) -> None:
     arguments = [*TRAINING, f"data.path={broken}", "data.strict=true"]
-    ended = launcher.run("torchrun", 2, "run.name=strict", *arguments)
+    ended = launcher.run("by hand", 2, "run.name=strict", *arguments)
     assert ended.exit_code != 0
     (line,) = set(ended.error_lines)
     assert "it is not a JPEG, PNG or WebP" in line
@@ -126,10 +126,10 @@ def test_changed_data_and_batches_are_refused_with_the_difference_or_accepted(
     first = launcher.run("python", 1, *arguments, "training.max_steps=4")
     assert first.exit_code == 0, first.output
     changed = [*arguments, "data.batch_size=16", "--resume", "auto"]
-    refused = launcher.run("torchrun", 2, *changed)
+    refused = launcher.run("by hand", 2, *changed)
     assert refused.exit_code != 0
     assert any("batch_size 32 -> 16" in line for line in refused.error_lines), refused.output
-    accepted = launcher.run("torchrun", 2, *changed, "run.accept_changed_data=true")
+    accepted = launcher.run("by hand", 2, *changed, "run.accept_changed_data=true")
     assert accepted.exit_code == 0, accepted.output
     assert "step 4 of 5 an epoch becomes step 8 of 10 an epoch" in accepted.output
     assert sorted(launcher.losses("changed")) == [*range(1, 5), *range(9, 21)]

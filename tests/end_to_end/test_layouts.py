@@ -10,12 +10,12 @@ pytestmark = pytest.mark.slow
 
 LAYOUTS = [
     ("torchrun", 2, ""),
-    ("torchrun", 3, ""),
+    ("by hand", 3, ""),
     ("by hand", 2, ""),
-    ("deepspeed", 1, "engine.zero_stage=0"),
-    ("deepspeed", 2, "engine.zero_stage=1"),
+    ("deepspeed by hand", 1, "engine.zero_stage=0"),
+    ("deepspeed by hand", 2, "engine.zero_stage=1"),
     ("deepspeed", 2, "engine.zero_stage=2"),
-    ("deepspeed", 3, "engine.zero_stage=2"),
+    ("deepspeed by hand", 3, "engine.zero_stage=2"),
 ]
 STEPS = 6
 
@@ -56,7 +56,7 @@ def test_every_launcher_and_number_of_workers_gives_the_same_losses_and_gradient
             torch.testing.assert_close(value, weights[key], rtol=1e-3, atol=2e-4, msg=key)
 
 
-@pytest.mark.parametrize(("kind", "workers"), [("torchrun", 2), ("deepspeed", 2)])
+@pytest.mark.parametrize(("kind", "workers"), [("by hand", 2), ("deepspeed by hand", 2)])
 def test_micro_batches_give_the_losses_of_the_whole_batch(
     launcher: Launcher, kind: str, workers: int
 ) -> None:
@@ -78,10 +78,10 @@ def test_micro_batches_give_the_losses_of_the_whole_batch(
 
 def test_bfloat16_autocast_is_the_same_under_ddp_and_deepspeed(launcher: Launcher) -> None:
     arguments = ["training.max_steps=3", "engine.precision=bfloat16"]
-    for kind in ("torchrun", "deepspeed"):
-        finished = launcher.run(kind, 2, f"run.name={kind}", *arguments)
+    for kind, name in (("by hand", "ddp"), ("deepspeed by hand", "deepspeed")):
+        finished = launcher.run(kind, 2, f"run.name={name}", *arguments)
         assert finished.exit_code == 0, finished.output
-    ddp, deepspeed = launcher.losses("torchrun"), launcher.losses("deepspeed")
+    ddp, deepspeed = launcher.losses("ddp"), launcher.losses("deepspeed")
     assert list(ddp.values()) == pytest.approx(list(deepspeed.values()), rel=1e-5)
     # The parameters stay float32 in both: autocast, not cast weights.
     assert all(t.dtype == torch.float32 for t in launcher.tensors("deepspeed").values() if t.ndim)

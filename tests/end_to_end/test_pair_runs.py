@@ -24,19 +24,19 @@ def test_every_layout_trains_alike_with_a_memory_and_resumes_on_another(
     assert alone.exit_code == 0, alone.output
     expected = launcher.losses("alone")
     assert list(expected) == list(range(1, 9))
-    for kind, workers in (("torchrun", 3), ("deepspeed", 2)):
-        name = f"{kind}{workers}"
+    for kind, workers in (("by hand", 3), ("deepspeed by hand", 2)):
+        name = f"workers{workers}"
         finished = launcher.run(kind, workers, *every, f"run.name={name}")
         assert finished.exit_code == 0, finished.output
         assert list(launcher.losses(name).values()) == pytest.approx(
             list(expected.values()), rel=2e-5
         )
     resumed = launcher.run(
-        "torchrun",
+        "by hand",
         2,
         *every,
         "run.name=resumed",
-        f"run.resume={launcher.root / 'torchrun3' / 'checkpoints' / 'step-000000004'}",
+        f"run.resume={launcher.root / 'workers3' / 'checkpoints' / 'step-000000004'}",
     )
     assert resumed.exit_code == 0, resumed.output
     after = launcher.losses("resumed")
@@ -72,7 +72,7 @@ def test_relative_labels_train_on_any_number_of_workers_and_their_file_is_checke
     every += ["training.max_steps=4"]
     alone = launcher.run("python", 1, *every, "run.name=alone")
     assert alone.exit_code == 0, alone.output
-    three = launcher.run("torchrun", 3, *every, "run.name=three")
+    three = launcher.run("by hand", 3, *every, "run.name=three")
     assert three.exit_code == 0, three.output
     losses = launcher.losses("alone")
     assert list(losses) == [1, 2, 3, 4]
@@ -83,7 +83,7 @@ def test_relative_labels_train_on_any_number_of_workers_and_their_file_is_checke
     assert launcher.losses("plain")[1] != pytest.approx(losses[1], rel=1e-3)
 
     sets.write_text("\n".join(["class,third,part", *rows[1:]]))
-    missing = launcher.run("torchrun", 2, *every, "run.name=missing")
+    missing = launcher.run("by hand", 2, *every, "run.name=missing")
     assert missing.exit_code != 0
     assert f"no row for class '{names[0]}'" in missing.error_lines[0]
     asked = launcher.run("python", 1, f"loss.label_sets={sets}", "run.name=asked")

@@ -129,10 +129,16 @@ def test_two_workers_a_fold_make_the_table_from_the_folds_own_files(
         assert test["workers"] == 2
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         names = {json.loads(line)["name"] for line in lines}
-        # Training has measured validation and nothing else.
         measured = {name.split("/")[0] for name in names if name.endswith("/map_at_r")}
-        assert measured == {"validation"}
+        assert measured == {"validation", "test"}
         records = [json.loads(line) for line in lines]
+        # Training has measured validation and nothing else; the test came after it, once.
+        tested = [i for i, r in enumerate(records) if r["name"].startswith("test/")]
+        assert tested == list(range(len(records) - len(tested), len(records)))
+        assert len({records[i]["name"] for i in tested}) == len(tested)
+        one = next(r for r in records if r["name"] == "test/cosine/map_at_r")
+        assert one["value"] == test["scores"]["map_at_r"]
+        assert one["step"] == test["best_step"]
         best = max(r["value"] for r in records if r["name"] == "validation/cosine/map_at_r")
         assert test["validation_map_at_r"] == best
     table = (tmp_path / "runs" / "whole" / "protocol" / "table.md").read_text()

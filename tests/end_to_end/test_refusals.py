@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 def refused(
-    launcher: Launcher, *arguments: str, kind: str = "torchrun", workers: int = 2, code: int = 2
+    launcher: Launcher, *arguments: str, kind: str = "by hand", workers: int = 2, code: int = 2
 ) -> str:
     """Run, check what every refusal must keep, and return the one line."""
     finished = launcher.run(kind, workers, "run.name=bad", *arguments, timeout_seconds=60)

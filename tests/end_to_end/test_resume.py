@@ -36,8 +36,8 @@ def last_step(root: Path, name: str) -> int:
     ("kind", "workers", "extra"),
     [
         ("python", 1, []),
-        ("torchrun", 3, []),
-        ("deepspeed", 2, ["engine.zero_stage=2"]),
+        ("by hand", 3, []),
+        ("deepspeed by hand", 2, ["engine.zero_stage=2"]),
     ],
 )
 def test_killed_and_resumed_ends_bitwise_equal_to_the_uninterrupted_run(
@@ -77,7 +77,12 @@ def test_a_checkpoint_of_two_workers_goes_on_with_one_and_with_another_engine(
     whole = launcher.run("python", 1, "run.name=whole", *TRAINING)
     assert whole.exit_code == 0, whole.output
     first = launcher.run(
-        "deepspeed", 2, "run.name=moved", *TRAINING, "engine.zero_stage=2", "training.max_steps=14"
+        "deepspeed by hand",
+        2,
+        "run.name=moved",
+        *TRAINING,
+        "engine.zero_stage=2",
+        "training.max_steps=14",
     )
     assert first.exit_code == 0, first.output
     second = launcher.run(

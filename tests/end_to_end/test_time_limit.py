@@ -27,7 +27,7 @@ def test_time_ends_a_training_of_two_workers_and_more_time_continues_it_on_one(
     launcher: Launcher,
 ) -> None:
     words = ["run.name=timed", "training.epochs=100000", "schedule={name: cosine}"]
-    done = launcher.run("torchrun", 2, *words, "training.max_seconds=2")
+    done = launcher.run("by hand", 2, *words, "training.max_seconds=2")
     assert done.exit_code == 0, done.output
     assert "200000 steps or 2 s of 128 images" in done.output
     folder = launcher.root / "timed"
@@ -39,7 +39,7 @@ def test_time_ends_a_training_of_two_workers_and_more_time_continues_it_on_one(
     assert fallen[0] == pytest.approx(0.05, rel=0.2)
     assert fallen[-1] < 0.25 * fallen[0]
 
-    again = launcher.run("torchrun", 2, *words, "training.max_seconds=2", "--resume", "auto")
+    again = launcher.run("by hand", 2, *words, "training.max_seconds=2", "--resume", "auto")
     assert again.exit_code == 0, again.output
     assert "has trained for its 2 seconds; raise training.max_seconds" in again.output
     assert last_progress(folder) == ended

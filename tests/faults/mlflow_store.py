@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
 from launching import BIN, free_port
 
@@ -59,7 +60,11 @@ def client_of(store: Store) -> MlflowClient:
 
 def contents(store: Store, experiment: str) -> dict[str, Any]:
     """Everything that MLflow holds of the one run of an experiment."""
-    client = client_of(store)
+    return held_by(client_of(store), experiment, store.artifacts)
+
+
+def held_by(client: MlflowClient, experiment: str, artifacts: Path) -> dict[str, Any]:
+    """`contents` of a client's store; `artifacts` is where a server has them."""
     found = client.get_experiment_by_name(experiment)
     assert found is not None
     (run,) = client.search_runs([found.experiment_id])
@@ -69,7 +74,9 @@ def contents(store: Store, experiment: str) -> dict[str, Any]:
         ]
         for name in run.data.metrics
     }
-    folder = store.artifacts / found.experiment_id / run.info.run_id / "artifacts"
+    folder = artifacts / found.experiment_id / run.info.run_id / "artifacts"
+    if run.info.artifact_uri.startswith("file:"):  # A database without a server.
+        folder = Path(unquote(urlsplit(run.info.artifact_uri).path))
     files = [path for path in folder.rglob("*") if path.is_file()]
     return {
         "metrics": {name: sorted(map(repr, history)) for name, history in metrics.items()},

@@ -121,19 +121,17 @@ def test_a_killed_worker_ends_the_other_within_30_s_with_the_reason(
     assert not training_processes(launcher.root)
 
 
-@pytest.mark.parametrize(("kind", "workers"), [("python", 1), ("deepspeed", 2)])
 def test_a_requeued_slurm_job_goes_on_by_itself_and_another_job_does_not(
-    launcher: Launcher, kind: str, workers: int
+    launcher: Launcher,
 ) -> None:
-    whole = launcher.run(kind, workers, "run.name=whole", *TRAINING)
+    whole = launcher.run("python", 1, "run.name=whole", *TRAINING)
     assert whole.exit_code == 0, whole.output
-    slurm = {"SLURM_JOB_ID": "4711"}
-    if kind == "python":  # Slurm's own launcher: one task of a step.
-        slurm |= {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
+    # Slurm's own launcher: one task of a step.
+    slurm = {"SLURM_JOB_ID": "4711", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}
 
     def job(**more: str) -> subprocess.Popen[str]:
         words = ["run.name=job", *TRAINING]
-        (process,) = launcher.start(kind, workers, *words, variables=slurm | more)
+        (process,) = launcher.start("python", 1, *words, variables=slurm | more)
         return process
 
     first = job()
@@ -141,10 +139,9 @@ def test_a_requeued_slurm_job_goes_on_by_itself_and_another_job_does_not(
     for process in [first, *training_processes(launcher.root)]:
         process.kill()  # As a node that goes down.
     launcher.wait([first], time.monotonic() + 30)
-    if kind == "python":  # Who is refused is decided before the engine.
-        other = launcher.wait([job(SLURM_JOB_ID="4712")], time.monotonic() + 60)
-        assert other.exit_code == 2
-        assert "holds a run already" in other.output
+    other = launcher.wait([job(SLURM_JOB_ID="4712")], time.monotonic() + 60)
+    assert other.exit_code == 2
+    assert "holds a run already" in other.output
     again = launcher.wait([job(SLURM_RESTART_COUNT="1")], time.monotonic() + 90)
     assert again.exit_code == 0, again.output
     assert_same_end(launcher, "job", "whole")

@@ -38,7 +38,7 @@ def fill(disk: Path) -> Path:
 def test_records_of_a_time_with_a_full_disk_are_written_later_each_once(
     launcher: Launcher, mounted: Callable[[str], Path]
 ) -> None:
-    undisturbed = launcher.run("torchrun", 2, "run.name=undisturbed", *TRAINING)
+    undisturbed = launcher.run("by hand", 2, "run.name=undisturbed", *TRAINING)
     assert undisturbed.exit_code == 0, undisturbed.output
     disk = mounted("size=16m")
     words = ["run.name=full", f"run.root={disk}", *TRAINING]

@@ -99,8 +99,8 @@ def test_the_run_ends_with_the_batchs_keys_and_the_layer(launcher: Launcher, wor
     ("kind", "workers", "back", "extra"),
     [
         ("python", 1, 1, []),
-        ("torchrun", 2, 2, []),
-        ("deepspeed", 2, 1, ["engine.zero_stage=2"]),
+        ("by hand", 2, 2, []),
+        ("deepspeed by hand", 2, 1, ["engine.zero_stage=2"]),
     ],
 )
 def test_going_back_equals_a_run_that_passes_the_batch_over_from_the_start(

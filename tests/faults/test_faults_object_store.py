@@ -57,7 +57,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def expected(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     """The final state of two workers that read local files."""
     launcher = Launcher(shards, tmp_path_factory.mktemp("local"))
-    done = launcher.run("torchrun", 2, "run.name=local", *TRAINING)
+    done = launcher.run("by hand", 2, "run.name=local", *TRAINING)
     assert done.exit_code == 0, done.output
     return launcher.tensors("local")
 
@@ -137,7 +137,7 @@ def test_a_server_that_fails_in_every_way_changes_no_bit(
         for number, name in enumerate(sorted(server.files)):
             server.faults[name].extend(faults[number % 8 :] + faults[: number % 8])
         words = [f"data.path={remote.folder}", storage(tmp_path, 8, 0.05)]
-        done = launcher.run("torchrun", 2, "run.name=far", *TRAINING, *words)
+        done = launcher.run("by hand", 2, "run.name=far", *TRAINING, *words)
         met = sum(len(faults) - len(left) for left in server.faults.values())
     assert done.exit_code == 0, done.output
     assert_equal(launcher.tensors("far"), expected)
@@ -185,6 +185,6 @@ def test_a_server_that_stays_away_ends_the_run_in_its_patience_and_a_resumed_one
     assert waited < 3 * retry.pauses(), waited
 
     web_server.start()
-    done = launcher.run("torchrun", 2, "run.name=lost", *words, "--resume", "auto")
+    done = launcher.run("by hand", 2, "run.name=lost", *words, "--resume", "auto")
     assert done.exit_code == 0, done.output
     assert_equal(launcher.tensors("lost"), expected)

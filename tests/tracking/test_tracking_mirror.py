@@ -14,7 +14,7 @@ import pytest
 
 import dist_dml
 from dist_dml.config import TrackingConfig
-from dist_dml.tracking import mirror_process, run_files
+from dist_dml.tracking import load_sampler, mirror_process, run_files
 from dist_dml.tracking.mirror import start_mirror
 from dist_dml.tracking.recorder import Recorder, read_metrics
 
@@ -170,15 +170,55 @@ def test_a_mirror_of_an_earlier_attempt_leaves_the_run_to_the_later_one(tmp_path
 
 
 def test_the_load_of_the_machine_is_recorded_beside_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(mirror_process, "SYSTEM_SECONDS", 0.05)
+    monkeypatch.setattr(load_sampler, "SYSTEM_SECONDS", 0.05)
     folder = run_folder(tmp_path)
-    sampler = mirror_process._Sampler(folder)
+    sampler = load_sampler.LoadSampler(folder)
     time.sleep(0.1)
     assert sampler.sample_when_due()
     metrics = read_metrics(folder, run_files.SYSTEM)
     assert 0 < metrics["system/system_memory_usage_percentage"].value[0] <= 100
     assert "system/cpu_utilization_percentage" in metrics
     assert read_metrics(folder) == {}
+
+
+def test_another_machines_load_has_a_file_and_names_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(load_sampler, "SYSTEM_SECONDS", 0.05)
+    folder = run_folder(tmp_path)
+    run_files.identify_run(folder, {})
+    sampler = load_sampler.LoadSampler(folder, 2)
+    time.sleep(0.1)
+    assert sampler.sample_when_due()
+    assert run_files.system_files(folder) == ["system.jsonl", "system-2.jsonl"]
+    assert all(name.startswith("system/node_2/") for name in read_metrics(folder, "system-2.jsonl"))
+    assert "system/node_2/cpu_utilization_percentage" in read_metrics(folder, "system-2.jsonl")
+
+
+def test_the_process_of_another_machine_waits_for_the_run_and_ends_when_told(tmp_path):
+    folder = run_folder(tmp_path)
+    process = load_sampler.start_load_sampler(folder, 1)
+    assert process is not None
+    try:
+        time.sleep(1.0)
+        assert process.poll() is None
+        assert not (folder / "run.json").exists()  # The first worker alone gives identities.
+    finally:
+        load_sampler.stop_load_sampler(process)
+    assert process.returncode == -signal.SIGTERM
+
+
+def test_the_process_of_another_machine_ends_with_its_worker(tmp_path):
+    folder = run_folder(tmp_path)
+    text = (
+        "from pathlib import Path; from dist_dml.tracking.load_sampler import start_load_sampler; "
+        f"print(start_load_sampler(Path({str(folder)!r}), 1).pid)"
+    )
+    worker = subprocess.run(
+        [sys.executable, "-c", text], capture_output=True, text=True, check=True, env=environment()
+    )
+    deadline = time.monotonic() + 20
+    while psutil.pid_exists(int(worker.stdout)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not psutil.pid_exists(int(worker.stdout))
 
 
 def environment() -> dict[str, str]:

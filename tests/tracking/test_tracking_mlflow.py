@@ -193,7 +193,7 @@ def test_sync_replays_by_the_stored_config_and_sets_the_status_it_is_given(
     run_files.start_attempt(folder)
     parser = argparse.ArgumentParser()
     sync_command.add_arguments(parser)
-    given = ["sync", str(folder), "--uri", f"sqlite:///{root}/mlflow.db", "--status", "KILLED"]
+    given = [str(folder), "--uri", f"sqlite:///{root}/mlflow.db", "--status", "KILLED"]
     assert sync_command.run(parser.parse_args(given)) == 0
     assert "KILLED" in capsys.readouterr().out
     experiment = client.get_experiment_by_name("glyphs")
