@@ -25,8 +25,11 @@ from dist_dml.parallel.world import World, environment_ranks, start_world, stop_
 
 Body = Callable[[Resolved, World, argparse.Namespace], None]
 
-# How errors of a collective begin whose other side has gone away.
-_LOST_PEER = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "NCCL", "gloo")
+# In errors of a collective whose other side has gone away.
+_LOST_PEER = (
+    *("Connection closed", "Connection reset", "Broken pipe", "Timed out", "NCCL", "gloo"),
+    "pair closure",  # Gloo's word where nothing comes within the time limit.
+)
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,12 +88,14 @@ def _end_all(world: World, error: BaseException) -> int:
         return _exit_code(error)
     # A worker that failed cannot leave its process group in good order, as others wait inside it:
     # both calls end the process.
+    # Other machines print it too, and do not know what was expanded here.
+    reason = redact(failure_reason(error))
+    world.failures.bound(reason, _exit_code(error))
     if not known:
         world.failures.follow()
         if not _is_lost_peer(error):
             print_traceback(error)
-    # Other machines print it too, and do not know what was expanded here.
-    world.failures.report(redact(failure_reason(error)), _exit_code(error))
+    world.failures.report(reason, _exit_code(error))
 
 
 def failure_reason(error: BaseException) -> str:
@@ -99,8 +104,8 @@ def failure_reason(error: BaseException) -> str:
         return str(error)
     if _is_lost_peer(error):
         return (
-            "another worker is gone without a word: it was killed or its machine failed; look at "
-            "its own output, then start again with --resume auto"
+            "another worker is gone without a word: it was killed, or its machine or the network "
+            "to it failed; look at its own output, then start again with --resume auto"
         )
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory ({_first_line(error)}); lower data.batch_size or use more workers"

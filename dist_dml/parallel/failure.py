@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import NoReturn
 
 import torch.distributed as dist
@@ -21,6 +22,13 @@ _POLL_SECONDS = 0.5
 _REASON_SECONDS = 3.0
 # How long the first failure stays for the others to read its reason; one that hangs cannot hold it.
 _READ_SECONDS = 10.0
+# A store whose machine is cut off answers neither yes nor no, and its calls do not end.
+_SILENT_SECONDS = 2.0
+_LAST_SECONDS = _REASON_SECONDS + _READ_SECONDS + 7.0
+
+
+class _Silent(RuntimeError):
+    """The store does not answer."""
 
 
 class FailureBoard:
@@ -44,9 +52,30 @@ class FailureBoard:
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._ending = threading.Lock()
+        self._bounded = False
+
+    def bound(self, reason: str, exit_code: int) -> None:
+        """End this process with its own reason in 20 s, unless it has ended: also where the store
+        is beyond a link that is cut, whose calls neither answer nor fail."""
+        if self._bounded:
+            return
+        self._bounded = True
+
+        def end() -> None:
+            # Not where the other thread that ends the process has said something already.
+            if self._ending.acquire(blocking=False):
+                print_failure(reason)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(exit_code)
+
+        timer = threading.Timer(_LAST_SECONDS, end)
+        timer.daemon = True
+        timer.start()
 
     def report(self, reason: str, exit_code: int) -> NoReturn:
         """Make this the first failure, if there is none, and end this process with the first's."""
+        self.bound(reason, exit_code)
         mine = {
             "reason": reason,
             "exit_code": exit_code,
@@ -70,21 +99,21 @@ class FailureBoard:
 
     def post(self, key: str, text: str) -> None:
         """Write something that other workers may read."""
-        with self._lock, contextlib.suppress(RuntimeError, dist.DistError):
+        with contextlib.suppress(RuntimeError, dist.DistError), self._holding():
             if not self._closed.is_set():
                 self._store.set(f"{key} {self._attempt}", text)
 
     def read(self, key: str) -> str | None:
         """What was posted; None if nothing was."""
         name = f"{key} {self._attempt}"
-        with self._lock, contextlib.suppress(RuntimeError, dist.DistError):
+        with contextlib.suppress(RuntimeError, dist.DistError), self._holding():
             if not self._closed.is_set() and self._store.check([name]):
                 return self._store.get(name).decode()
         return None
 
     def claim(self, key: str, text: str) -> str | None:
         """Post, unless somebody has; what is there in the end. None without an answer."""
-        with self._lock, contextlib.suppress(RuntimeError, dist.DistError):
+        with contextlib.suppress(RuntimeError, dist.DistError), self._holding():
             if not self._closed.is_set():
                 return self._store.compare_set(f"{key} {self._attempt}", "", text).decode()
         return None
@@ -96,8 +125,18 @@ class FailureBoard:
     def close(self) -> None:
         """Stop watching, as the run is over."""
         self._closed.set()
-        with self._lock:
+        with contextlib.suppress(RuntimeError), self._holding():
             pass  # A look that is under way may still meet a store that is going away.
+
+    @contextlib.contextmanager
+    def _holding(self) -> Iterator[None]:
+        """The lock. Raises `_Silent` where another thread has waited for the store for seconds."""
+        if not self._lock.acquire(timeout=_SILENT_SECONDS):
+            raise _Silent
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def _watch(self) -> None:
         while not self._closed.wait(_POLL_SECONDS):
@@ -107,10 +146,12 @@ class FailureBoard:
     def _look(self) -> dict | None:
         """The first failure, or that of the worker that keeps the store; None while all is well."""
         try:
-            with self._lock:
+            with self._holding():
                 if self._closed.is_set() or not self._store.check([self._key]):
                     return None
                 return json.loads(self._store.get(self._key))
+        except _Silent:
+            return None
         except (RuntimeError, dist.DistError):
             if self._closed.is_set():
                 return None

@@ -75,8 +75,11 @@ def sync(folder: Path, uri: str | None, experiment: str | None, status: str | No
         from dist_dml.tracking.mlflow_mirror import mirror_once
 
         run_id = mirror_once(folder, destination)
-    except ImportError:
-        raise UsageError("mlflow is not installed; run `pip install 'dist_dml[mlflow]'`") from None
+    except ImportError as error:
+        extra = "postgresql" if error.name == "psycopg2" else "mlflow"
+        raise UsageError(
+            f"{error.name} is not installed; run `pip install 'dist_dml[{extra}]'`"
+        ) from None
     except (UsageError, RunError):
         raise
     except Exception as error:

@@ -49,12 +49,12 @@ def ended(launcher: Launcher, processes: list[subprocess.Popen[str]], seconds: f
 def test_two_hosts_train_as_one_with_two_workers_and_both_are_measured(
     launcher: Launcher, hosts: tuple[Host, Host]
 ) -> None:
-    words = ["training.max_steps=12", "checkpoint.every_epochs=0"]
+    words = ["training.max_steps=12", "checkpoint.every_epochs=0", "schedule.name=constant"]
     alone = launcher.run("torchrun", 2, "run.name=alone", *words)
     assert alone.exit_code == 0, alone.output
     # Longer, for a reading of the load every ten seconds; the first steps are the same.
     words[0] = "training.max_steps=100000"
-    limits = ["training.max_seconds=25", "training.epochs=100000", "schedule.name=constant"]
+    limits = ["training.max_seconds=25", "training.epochs=100000"]
     tracked = ["tracking.mlflow=true", "run.name=apart", *limits]
     apart = ended(launcher, start(launcher, hosts, 29611, *words, *tracked), 150)
     assert apart.exit_code == 0, apart.output
