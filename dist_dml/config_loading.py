@@ -31,7 +31,8 @@ from dist_dml.errors import UsageError
 from dist_dml.plain_yaml import PlainDumper, load_plain
 
 # Keys that say where a run lives, not what it computes: they are left out of the hash.
-_PLACE_KEYS = ("run.name", "run.root", "run.resume")
+_PLACE_KEYS = ("run.name", "run.root", "run.resume", "tracking.parent")
+_PLACE_MAPPING = "tracking.tags."
 
 
 VARIANTS = "variants"
@@ -257,7 +258,7 @@ def config_hash(config: Config) -> str:
     leaves = {
         key: value
         for key, value in flatten(config.model_dump(mode="json"))
-        if key not in _PLACE_KEYS
+        if key not in _PLACE_KEYS and not key.startswith(_PLACE_MAPPING)
     }
     return hashlib.sha256(json.dumps(leaves, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -268,6 +269,10 @@ def to_yaml(config: Config) -> str:
 
 
 def differences(first: Config, second: Config) -> list[tuple[str, Any, Any]]:
-    """(key, first's value, second's value) wherever two configurations differ."""
+    """(key, first's value, second's value) wherever two configurations differ.
+
+    An entry that only one of two mappings has is None in the other.
+    """
     ours, theirs = (dict(flatten(config.model_dump(mode="json"))) for config in (first, second))
-    return [(key, ours[key], theirs[key]) for key in ours if ours[key] != theirs[key]]
+    every = ((key, ours.get(key), theirs.get(key)) for key in {**ours, **theirs})
+    return [(key, mine, other) for key, mine, other in every if mine != other]

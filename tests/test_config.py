@@ -318,3 +318,13 @@ def test_config_schema_describes_every_key(capsys: pytest.CaptureFixture[str]) -
                 assert len(entry.get("description", "")) > 5, f"{name}.{key} has no description"
                 keys += 1
     assert keys >= len(DEFAULTS)
+
+
+def test_where_a_run_stands_is_a_difference_and_no_other_run() -> None:
+    alone = resolve(None, []).config
+    below = resolve(None, ["tracking.parent=0a", "tracking.tags={team: x}"]).config
+    assert config_hash(alone) == config_hash(below)
+    for first, second in ((alone, below), (below, alone)):
+        found = {key: values for key, *values in differences(first, second)}
+        assert set(found) == {"tracking.parent", "tracking.tags.team"}
+        assert found["tracking.tags.team"] == [None, "x"][:: 1 if first is alone else -1]
