@@ -135,7 +135,8 @@ class Launcher:
         """The processes of one run; several only for workers started by hand, each of which can
         get further arguments of its own. `variables`: added to the environment of all.
 
-        What no launcher starts is forked from a process that has the imports, unless `cold`."""
+        What no launcher starts is forked from a process that has the imports, unless `cold`: for
+        variables that are read while Python or torch starts."""
         settings = self.settings if settings is None else settings
         environment = plain_environment() | dict(variables or {})
         command = self.command(kind, workers, [*settings, *arguments])
@@ -148,7 +149,7 @@ class Launcher:
                 | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
                 for rank in range(workers)
             ]
-        warm = (kind == "python" or kind.endswith("by hand")) and not (cold or variables)
+        warm = (kind == "python" or kind.endswith("by hand")) and not cold
         return [
             self.popen([*command, *(of_worker or {}).get(rank, ())], each, warm)
             for rank, each in enumerate(environments)
