@@ -37,7 +37,7 @@ def test_20_kills_and_restarts_on_1_2_and_3_workers_end_within_rounding(
         layouts.append(workers)
         words = ["run.name=chaos", "--resume", "auto", *arguments]
         before = written(launcher)
-        processes = launcher.start("by hand", workers, *words)
+        processes = launcher.start("by hand", workers, *words, cold=True)
 
         def over(step: int = step, processes: list = processes, before: int = before) -> bool:
             # Not before it trains: without a launcher, a worker that dies before they have met is
