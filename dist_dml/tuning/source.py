@@ -13,16 +13,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ray import cloudpickle
+from ray import PlacementGroupID, cloudpickle
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from dist_dml.tracking.live import format_duration
 from dist_dml.tuning.ledger import Kind, Ledger, State, TrialRecord
 from dist_dml.tuning.sampler import Sampler
 from dist_dml.tuning.space import BudgetConfig, overrides_of
-from dist_dml.tuning.trial import reason_of
+from dist_dml.tuning.trial import GROUP, reason_of
 
 _REPORTED = ("value", "share", "step", "images_seen", "seconds", "test")
 
@@ -106,6 +107,7 @@ class Bookkeeper(Callback):
         self._ledger, self._sampler, self._total, self._ended = ledger, sampler, total, ended
         self._started = time.monotonic()
         self._before = sum(record.state != "running" for record in ledger.trials.values())
+        self._groups: dict[str, str] = {}
 
     def on_trial_start(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
@@ -123,6 +125,8 @@ class Bookkeeper(Callback):
             name = trial.config["trial"]
             self._ledger.report(name, {k: result[k] for k in _REPORTED if k in result})
             _say(f"{name} at {100 * result['share']:.0f}%: {result['value']:.4f}")
+        if GROUP in result:
+            self._groups[trial.config["trial"]] = result[GROUP]
 
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
@@ -150,6 +154,9 @@ class Bookkeeper(Callback):
         self._ledger.end(record.name, state, reason, test)
         if self._sampler is not None and record.kind == "search":
             self._sampler.tell(record)
+        # Ray's own cleaner asks the dashboard's server, and gives up where that is slow: the next
+        # trial would wait for ever for what nobody uses.
+        release(self._groups.pop(record.name, ""))
         self._ended(record)
         _say(self._line(record))
 
@@ -168,6 +175,16 @@ class Bookkeeper(Callback):
         if best is not None:
             text += f", best {best.best:.4f} ({best.name})"
         return text + (f", about {format_duration(left * each)} left]" if left else "]")
+
+
+def release(group: str) -> None:
+    """End the workers of a trial that was stopped or has died, and free what they held.
+
+    Args:
+        group: id of the placement group, in hexadecimal; one that is gone and "" are fine.
+    """
+    if group:
+        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(group))))
 
 
 def _reason(trial: Trial) -> str:

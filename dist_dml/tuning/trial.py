@@ -23,6 +23,8 @@ from dist_dml.tracking.parent_run import words_of_child
 from dist_dml.tracking.recorder import read_metrics
 
 Report = Callable[[dict[str, Any]], None]
+GROUP = "placement_group"
+"""Reported by trials of several workers: the id of what Ray Train has reserved for them."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ def _run_worker(config: Mapping[str, Any]) -> None:
     meeting = broadcast_from_rank_zero(meeting)
     assert meeting is not None
     address, port = meeting.split()
+    group = ray.util.get_current_placement_group()
     os.environ |= {
         "RANK": str(context.get_world_rank()),
         "WORLD_SIZE": str(context.get_world_size()),
@@ -153,7 +156,12 @@ def _run_worker(config: Mapping[str, Any]) -> None:
         "MASTER_ADDR": address,
         "MASTER_PORT": port,
     }
-    _train(config["plan"], config["overrides"], config["kind"], ray.train.report)
+
+    def report(news: dict[str, Any]) -> None:
+        """With the name of what the workers hold, which must be free when the trial is stopped."""
+        ray.train.report(news | ({GROUP: group.id.hex()} if group is not None else {}))
+
+    _train(config["plan"], config["overrides"], config["kind"], report)
 
 
 def _train(plan: TrialPlan, overrides: list[str], kind: str, report: Report) -> None:

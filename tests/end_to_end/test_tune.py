@@ -122,6 +122,9 @@ _FREE = """
 import json, sys, time
 import ray
 from dist_dml.tuning import cluster
+start = ray.init
+# Without it Ray's own cleaner of what a stopped trial held does nothing: ours must.
+ray.init = lambda **settings: start(**settings | {"include_dashboard": False})
 before = cluster.run_trials
 def checked(*arguments, **named):
     before(*arguments, **named)

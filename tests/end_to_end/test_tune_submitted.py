@@ -124,6 +124,9 @@ def cluster_file(host: SshHost, folder: Path) -> Path:
     ports = {"6379": free_port(), "8265": free_port(), "8076": free_port()}
     for port, ours in ports.items():
         text = text.replace(port, str(ours))
+    # Where other tests have their own Ray, "auto" would be whichever was started last.
+    assert "RAY_ADDRESS=auto" in text
+    text = text.replace("RAY_ADDRESS=auto", f"RAY_ADDRESS={host.address}:{ports['6379']}")
     content = yaml.safe_load(text.replace("/home/ray", str(host.home)))
     content["cluster_name"] = f"dist-dml-{os.getpid()}"
     content["provider"] |= {"head_ip": host.address, "worker_ips": []}
