@@ -41,7 +41,7 @@ from dist_dml.protocol_launch import (
     testing_stage,
     training_stage,
 )
-from dist_dml.protocol_table import summary_values, table_text
+from dist_dml.protocol_table import mean_cost, summary_values, table_text
 from dist_dml.report.run_comparison import compare_runs
 from dist_dml.tracking.parent_run import ParentRun, parent_run, sync_below, write_child
 from dist_dml.tracking.plots import save_figure
@@ -128,7 +128,8 @@ def _write_method(place: Path, trial: Trial, report: Mapping[str, Any], parent: 
     shown = config.model_copy(update={"run": run, "tracking": tracking})
     values, steps = summary_values(report), len(trial.folds)
     facts = {"trial": trial.name, "setting": trial.setting}
-    write_child(place, shown, "method", values, steps, table_text(report), RESULTS, **facts)
+    text, cost = table_text(report), mean_cost(report)
+    write_child(place, shown, "method", values, steps, cost, text, RESULTS, **facts)
 
 
 def _all(planned: Mapping[str, Sequence[Trial]]) -> Iterable[Trial]:

@@ -36,7 +36,13 @@ from dist_dml.protocol_launch import (
     training_stage,
 )
 from dist_dml.protocol_scores import combination_scores, concatenated_scores
-from dist_dml.protocol_table import build_report, dataset_name, summary_values, table_text
+from dist_dml.protocol_table import (
+    build_report,
+    dataset_name,
+    mean_cost,
+    summary_values,
+    table_text,
+)
 from dist_dml.reference_tables import lines_for
 from dist_dml.tracking.parent_run import parent_run, sync_below
 from dist_dml.whole_files import write_json, write_text
@@ -95,7 +101,7 @@ def protocol(arguments: argparse.Namespace) -> None:
         run_jobs(jobs, slots, num_done, lock)
         every = arguments.all_combinations
         report = write_report(folder, index, folds, held_out, every)
-        parent.recorder.record(len(folds), 0, 0.0, summary_values(report))
+        parent.recorder.record(len(folds), *mean_cost(report), summary_values(report))
         for name in RESULTS:
             parent.recorder.note_artifact(folder / name, "report")
         text = table_text(report)

@@ -88,6 +88,12 @@ def summary_values(report: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in values.items() if value is not None}
 
 
+def mean_cost(report: Mapping[str, Any]) -> tuple[int, float]:
+    """Training images and seconds until the tested checkpoint, means over the runs."""
+    over = report["over_runs"]
+    return round(over["best_images_seen"]["mean"]), float(over["best_seconds"]["mean"])
+
+
 def dataset_name(index: Index) -> str:
     """What the packer calls its data set (`cub`, `cars`, ...); empty for tars of other makers."""
     source = index.metadata.get("source", {})

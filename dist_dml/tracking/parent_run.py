@@ -115,6 +115,7 @@ def write_child(
     kind: str,
     values: Mapping[str, float],
     step: int,
+    cost: tuple[int, float],
     text: str,
     files: Sequence[str] = (),
     **facts: str,
@@ -127,6 +128,7 @@ def write_child(
         kind: see `run_files.KIND`.
         values: by metric.
         step: of the values.
+        cost: images seen and seconds of training that they took.
         text: what MLflow's page of it shows, Markdown.
         files: in the folder, that go along as its report.
         facts: further tags.
@@ -134,7 +136,7 @@ def write_child(
     identify_run(folder, {KIND: kind, _NOTE: shortened(text), **facts})
     write_text(folder / CONFIG, to_yaml(config))
     recorder = Recorder(folder)
-    recorder.record(step, 0, 0.0, dict(values))
+    recorder.record(step, *cost, dict(values))
     for name in files:
         recorder.note_artifact(folder / name, "report")
     recorder.note_end("FINISHED")

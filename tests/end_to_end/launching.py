@@ -38,16 +38,9 @@ def plain_environment() -> dict[str, str]:
 
 
 def start_command(*words: str) -> subprocess.Popen[str]:
-    """`dist-dml WORDS`, as a user without a launcher starts it; one thread."""
-    return subprocess.Popen(
-        [str(BIN / "dist-dml"), *words],
-        cwd=ROOT,
-        env=plain_environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    """`dist-dml WORDS`, as a user without a launcher starts it; one thread; with warm imports."""
+    command = [str(BIN / "dist-dml"), *words]
+    return start_warm(command, "dist_dml.cli", plain_environment(), ROOT)
 
 
 def finish(process: subprocess.Popen[str], timeout_seconds: float = 240) -> tuple[int, str]:
@@ -101,23 +94,35 @@ class Launcher:
             "engine.threads=1",
         ]
 
-    def command(self, kind: str, workers: int, arguments: Sequence[str]) -> list[str]:
-        """The command line; `by hand` starts one worker of several, see `start`."""
+    def command(
+        self,
+        kind: str,
+        workers: int,
+        arguments: Sequence[str],
+        program: Sequence[str] | None = None,
+    ) -> list[str]:
+        """The command line; `by hand` starts one worker of several, see `start`.
+
+        Args:
+            kind: of start.
+            workers: of a launcher.
+            arguments: of the program.
+            program: another one than the training's: a file with its first arguments, or -m MODULE.
+        """
         port = str(free_port())
+        by_python = [str(BIN / "python"), *(program or ("-m", "dist_dml.train"))]
+        script = program or ("dist_dml/train.py",)
         head = {
-            "python": [str(BIN / "python"), "-m", "dist_dml.train"],
-            "by hand": [str(BIN / "python"), "-m", "dist_dml.train"],
-            "deepspeed by hand": [
-                *(str(BIN / "python"), "-m", "dist_dml.train"),
-                "engine.name=deepspeed",
-            ],
+            "python": by_python,
+            "by hand": by_python,
+            "deepspeed by hand": [*by_python, "engine.name=deepspeed"],
             "torchrun": [
                 *(str(BIN / "torchrun"), "--nproc-per-node", str(workers)),
-                *("--master-port", port, "dist_dml/train.py"),
+                *("--master-port", port, *script),
             ],
             "deepspeed": [
                 *(str(BIN / "deepspeed"), "--num_accelerators", str(workers)),
-                *("--master_port", port, "dist_dml/train.py", "engine.name=deepspeed"),
+                *("--master_port", port, *script, "engine.name=deepspeed"),
             ],
         }[kind]
         return [*head, *arguments]
@@ -131,15 +136,17 @@ class Launcher:
         of_worker: Mapping[int, Sequence[str]] | None = None,
         variables: Mapping[str, str] | None = None,
         cold: bool = False,
+        program: Sequence[str] | None = None,
     ) -> list[subprocess.Popen[str]]:
         """The processes of one run; several only for workers started by hand, each of which can
-        get further arguments of its own. `variables`: added to the environment of all.
+        get further arguments of its own. `variables`: added to the environment of all; `program`:
+        see `command`.
 
         What no launcher starts is forked from a process that has the imports, unless `cold`: for
         variables that are read while Python or torch starts."""
         settings = self.settings if settings is None else settings
         environment = plain_environment() | dict(variables or {})
-        command = self.command(kind, workers, [*settings, *arguments])
+        command = self.command(kind, workers, [*settings, *arguments], program)
         port = str(free_port())
         environments = [environment]
         if kind.endswith("by hand"):
@@ -149,9 +156,11 @@ class Launcher:
                 | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
                 for rank in range(workers)
             ]
-        warm = (kind == "python" or kind.endswith("by hand")) and not cold
+        module = ""
+        if (kind == "python" or kind.endswith("by hand")) and not cold:
+            module = command[2] if command[1] == "-m" else command[1]
         return [
-            self.popen([*command, *(of_worker or {}).get(rank, ())], each, warm)
+            self.popen([*command, *(of_worker or {}).get(rank, ())], each, module)
             for rank, each in enumerate(environments)
         ]
 
@@ -160,11 +169,11 @@ class Launcher:
         return [self.popen(command, plain_environment())]
 
     def popen(
-        self, command: Sequence[str], environment: Mapping[str, str], warm: bool = False
+        self, command: Sequence[str], environment: Mapping[str, str], module: str = ""
     ) -> subprocess.Popen[str]:
-        """One process, with its output in one pipe."""
-        if warm:
-            return start_warm(command, "dist_dml.train", environment, ROOT)
+        """One process, with its output in one pipe; a fork that runs `module`, if one is given."""
+        if module:
+            return start_warm(command, module, environment, ROOT)
         return subprocess.Popen(
             command,
             cwd=ROOT,
@@ -182,10 +191,11 @@ class Launcher:
         *arguments: str,
         settings: Sequence[str] | None = None,
         timeout_seconds: float = 120,
+        program: Sequence[str] | None = None,
     ) -> Finished:
         """Start and wait; whatever is still there at the end is killed and fails the test."""
         started = time.monotonic()
-        processes = self.start(kind, workers, *arguments, settings=settings)
+        processes = self.start(kind, workers, *arguments, settings=settings, program=program)
         return self.wait(processes, started + timeout_seconds)
 
     def wait(self, processes: list[subprocess.Popen[str]], deadline: float) -> Finished:

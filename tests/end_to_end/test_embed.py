@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launching import BIN, Launcher, finish, free_port, kill_tree, plain_environment, start_command
+from launching import Launcher, finish, kill_tree, start_command
 
 from dist_dml.cli import main
 from dist_dml.data.index import load_index
@@ -45,12 +45,11 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def by_workers(launcher: Launcher, workers: int, *words: str) -> str:
-    """The output of the command under torchrun."""
-    head = [str(BIN / "torchrun"), "--nproc-per-node", str(workers)]
-    head += ["--master-port", str(free_port()), "-m", "dist_dml.embed"]
-    code, output = finish(launcher.popen([*head, *words], plain_environment()))
-    assert code == 0, output
-    return output
+    """The output of the command, by several workers."""
+    program = ["-m", "dist_dml.embed"]
+    ended = launcher.run("by hand", workers, *words, settings=[], program=program)
+    assert ended.exit_code == 0, ended.output
+    return ended.output
 
 
 def test_three_workers_write_the_files_of_one(

@@ -50,7 +50,7 @@ def test_two_hosts_train_as_one_with_two_workers_and_both_are_measured(
     launcher: Launcher, hosts: tuple[Host, Host]
 ) -> None:
     words = ["training.max_steps=12", "checkpoint.every_epochs=0", "schedule.name=constant"]
-    alone = launcher.run("torchrun", 2, "run.name=alone", *words)
+    alone = launcher.run("by hand", 2, "run.name=alone", *words)
     assert alone.exit_code == 0, alone.output
     # Longer, for a reading of the load every ten seconds; the first steps are the same.
     words[0] = "training.max_steps=100000"
@@ -113,4 +113,7 @@ def test_a_cut_link_ends_both_hosts_and_the_run_goes_on_when_it_is_mended(
 
 def left_over(root: Path) -> list[psutil.Process]:
     """Trainings on either host; torchrun's own process is none."""
-    return [p for p in training_processes(root) if "torchrun" not in " ".join(p.cmdline()[:3])]
+    # As it was when it was found: meanwhile it may have ended.
+    return [
+        p for p in training_processes(root) if "torchrun" not in " ".join(p.info["cmdline"][:3])
+    ]

@@ -18,6 +18,7 @@ import importlib
 import io
 import json
 import os
+import runpy
 import select
 import signal
 import socket
@@ -32,7 +33,11 @@ from typing import Any
 
 import setproctitle
 
-_IMPORTS = ("torch", "torch._dynamo", "torch.distributed", "pandas", "dist_dml.train")
+_IMPORTS = (
+    *("torch", "torch._dynamo", "torch.distributed", "torch.profiler", "dist_dml.train"),
+    *("pandas", "pyarrow.parquet", "pyarrow.fs"),
+    *("matplotlib.figure", "matplotlib.backends.backend_agg"),
+)
 _MOST_REQUEST = 2**20
 
 
@@ -99,12 +104,13 @@ _process: subprocess.Popen[bytes] | None = None
 def start_warm(
     command: Sequence[str], module: str, environment: Mapping[str, str], folder: Path
 ) -> subprocess.Popen[str]:
-    """`python -m MODULE ARGUMENTS` as a fork; output and errors in one pipe.
+    """`python -m MODULE ARGUMENTS` or `python FILE ARGUMENTS` as a fork; output and errors in one
+    pipe.
 
     Args:
         command: what it would be as a process of its own, and what process lists show; the
             arguments stand behind `-m MODULE` or behind the first word.
-        module: whose `main` takes the arguments.
+        module: whose `main` takes the arguments; or a file, which runs as a program.
         environment: all of it.
         folder: to begin in.
     """
@@ -202,6 +208,9 @@ def _prepare(request: dict[str, Any], out: int, status: int) -> Callable[[], int
     setproctitle.setproctitle(" ".join(request["command"]))
     os.write(status, f"{os.getpid()}\n".encode())
     os.close(status)
+    if request["module"].endswith(".py"):
+        sys.path[0] = str(Path(request["module"]).parent)
+        return lambda: runpy.run_path(request["module"], run_name="__main__") and 0
     module = importlib.import_module(request["module"])
     return lambda: module.main()
 

@@ -13,7 +13,7 @@ from dist_dml.checkpoint_manifest import newest_checkpoint
 from dist_dml.config_loading import resolve
 from dist_dml.data.opening import open_index, open_plan
 
-STEPS = 400
+STEPS = 240
 TRAINING = [
     "data.batch_size=32",
     "training.epochs=1000",

@@ -42,7 +42,7 @@ def test_records_of_a_time_with_a_full_disk_are_written_later_each_once(
     assert undisturbed.exit_code == 0, undisturbed.output
     disk = mounted("size=16m")
     words = ["run.name=full", f"run.root={disk}", *TRAINING]
-    (process,) = launcher.start("torchrun", 2, *words)
+    process, other = launcher.start("by hand", 2, *words)
     output = PrintedLines(process)
     written = disk / "full" / "metrics.jsonl"
     try:
@@ -59,6 +59,7 @@ def test_records_of_a_time_with_a_full_disk_are_written_later_each_once(
         filler.unlink()
         output.until("that waited are written, none is lost")
         assert output.end(90) == 0, output.lines
+        assert launcher.wait([other], time.monotonic() + 30).exit_code == 0
     finally:
         for worker in training_processes(disk):
             worker.kill()

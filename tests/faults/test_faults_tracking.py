@@ -96,7 +96,7 @@ def runs(
         words += ["training.epochs=1000", "checkpoint.every_epochs=0", "engine.threads=1"]
         # The other worker waits for the first one, which waits for MLflow.
         words += ["engine.timeout_seconds=60"]
-        kind = "python" if workers == 1 else "torchrun"
+        kind = "python" if workers == 1 else "by hand"
         started[name] = launcher.start(kind, workers, *words)
     deadline = time.monotonic() + 300
 

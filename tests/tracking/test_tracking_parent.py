@@ -59,8 +59,9 @@ def test_a_parent_and_what_was_added_later_are_in_mlflow_with_their_children(tmp
     (result / "table.md").write_text("| a table |")
     with_parent = configured(root, "fair/fold-1/protocol", *words)
     for _ in range(2):
+        score, cost = {"score": 0.5}, (1200, 2.5)
         write_child(
-            result, with_parent, "method", {"score": 0.5}, 2, "# a result", ["table.md"], trial="t0"
+            result, with_parent, "method", score, 2, cost, "# a result", ["table.md"], trial="t0"
         )
     assert sync_below(root / "fair", 3) == ""
     with warnings.catch_warnings():
@@ -82,6 +83,8 @@ def test_a_parent_and_what_was_added_later_are_in_mlflow_with_their_children(tmp
     method = found["fair/fold-1/protocol"]
     assert method.data.tags["kind"] == "method"
     assert method.data.metrics["score"] == 0.5
+    assert method.data.metrics["images_seen"] == 1200
+    assert method.data.metrics["seconds"] == 2.5
     assert method.data.tags["mlflow.note.content"] == "# a result"
     (file,) = client.list_artifacts(method.info.run_id, "report")
     assert file.path == "report/table.md"

@@ -1,0 +1,194 @@
+"""MLflow's pages in a headless browser: for the pictures of docs/mlflow.md, and for its test.
+
+    python tools/mlflow_pages.py --root runs --compared losses --out docs/images
+
+Needs `make browser` and playwright. The addresses and labels are those of MLflow 3, which promises
+none of them: after an update of MLflow, tests/end_to_end/test_comparison_mlflow.py says what moved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dist_dml.config import TrackingConfig
+from dist_dml.tracking.destination import destination_of
+from dist_dml.tracking.mlflow_run import connect
+
+METHOD_SCORE = "protocol/separated/map_at_r"
+BENCHMARKS = "benchmarks"
+_WIDTH, _HEIGHT = 1500, 950
+_WAIT_SECONDS = 90.0
+_NO_ASSISTANT = """
+localStorage.setItem("mlflow.assistant.fab.autoOpenedOnFirstLoad_v1", "true");
+localStorage.setItem("mlflow.assistant.panelOpen_v1", "false");
+"""
+_KIND = "workflowType=machine_learning"
+
+
+class Pages:
+    """A browser before a server of MLflow.
+
+    Args:
+        url: of the server.
+        browser: of playwright.
+
+    Attributes:
+        page: that is open.
+    """
+
+    def __init__(self, url: str, browser: Any) -> None:
+        self._url, self._browser = url, browser
+        self.page: Any = None
+
+    def _go(self, place: str) -> None:
+        """Open a page that remembers nothing of others: which rows were open, for example."""
+        if self.page is not None:
+            self.page.context.close()
+        self.page = self._browser.new_page(viewport={"width": _WIDTH, "height": _HEIGHT})
+        self.page.set_default_timeout(1000 * _WAIT_SECONDS)
+        # Its assistant takes a third of the page, and nobody here answers it.
+        self.page.add_init_script(_NO_ASSISTANT)
+        self.page.goto(f"{self._url}/#{place}")
+
+    def tree(self, experiment: str, name: str) -> None:
+        """The list of runs, with the row `name` opened."""
+        self._go(f"/experiments/{experiment}/runs?{_KIND}")
+        cell = self.page.get_by_text(name, exact=True).first
+        cell.wait_for()
+        row = self.page.locator(".ag-row", has=cell).first
+        row.get_by_role("button").first.click()
+
+    def beside(self, runs: Sequence[Any], metric: str) -> None:
+        """Runs beside each other: parallel coordinates, parameters, metrics."""
+        ids = json.dumps([run.info.run_id for run in runs], separators=(",", ":"))
+        experiments = json.dumps([runs[0].info.experiment_id])
+        self._go(f"/compare-runs?runs={ids}&experiments={experiments}&{_KIND}")
+        self.page.get_by_text(metric, exact=True).last.wait_for()
+
+    def described(self, run: Any) -> None:
+        """A run's own page, with its whole description."""
+        self._go(f"/experiments/{run.info.experiment_id}/runs/{run.info.run_id}?{_KIND}")
+        more = self.page.get_by_text("Show more").first
+        more.wait_for()
+        more.click()
+
+    def curves(self, run: Any) -> None:
+        """A run's metrics, drawn."""
+        place = f"/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+        self._go(f"{place}/model-metrics?{_KIND}")
+        self.page.locator(".js-plotly-plot").first.wait_for()
+
+    def drawn(self, experiment: str, name: str) -> None:
+        """The list of runs as charts, with the tree of `name` opened: all its runs in each."""
+        self.tree(experiment, name)
+        self.page.locator("label", has=self.page.locator("input[value=CHART]")).click()
+        self.page.locator(".js-plotly-plot").first.wait_for()
+
+    def save(self, path: Path) -> None:
+        """A picture of what is seen, when it has come to rest."""
+        self.page.wait_for_timeout(3000)
+        self.page.screenshot(path=str(path))
+
+
+@contextmanager
+def pages(root: Path, port: int, chromium: str) -> Iterator[Pages]:
+    """Serve the runs below `root` as `dist-dml ui` does, and open a browser before them."""
+    from playwright.sync_api import sync_playwright
+
+    command = [sys.executable, "-m", "dist_dml.cli", "ui", "--root", str(root), "--port", str(port)]
+    silent = subprocess.DEVNULL
+    server = subprocess.Popen(command, stdin=silent, stdout=silent, stderr=silent)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        end = time.monotonic() + _WAIT_SECONDS
+        while not _answers(url):
+            if server.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"`dist-dml ui --root {root}` does not answer at {url}")
+            time.sleep(0.3)
+        with sync_playwright() as driver:
+            browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+            yield Pages(url, browser)
+            browser.close()
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+def runs_of(root: Path, experiment: str) -> dict[str, Any]:
+    """All runs of an experiment below `root`, by name; {} if MLflow has no such experiment."""
+    client = connect(destination_of(TrackingConfig(), root, ""))
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        return {}
+    return {run.info.run_name: run for run in client.search_runs([found.experiment_id])}
+
+
+def take_pictures(opened: Pages, root: Path, compared: str, out: Path) -> list[Path]:
+    """The pictures of docs/mlflow.md. What there is no run for is left out, and said."""
+    taken: list[Path] = []
+
+    def save(name: str) -> None:
+        taken.append(out / name)
+        opened.save(taken[-1])
+        print(f"{taken[-1]}", flush=True)
+
+    runs = runs_of(root, TrackingConfig().experiment)
+    if compared not in runs:
+        raise SystemExit(f"error: MLflow has no run {compared!r} below {root}; it has {[*runs]}")
+    parent = runs[compared]
+    wanted = {"mlflow.parentRunId": parent.info.run_id, "kind": "method"}
+    methods = [run for run in runs.values() if wanted.items() <= run.data.tags.items()]
+    opened.tree(parent.info.experiment_id, compared)
+    save("mlflow_tree.png")
+    opened.beside(methods, METHOD_SCORE)
+    save("mlflow_methods.png")
+    opened.described(parent)
+    save("mlflow_table.png")
+    opened.drawn(parent.info.experiment_id, compared)
+    save("mlflow_curves.png")
+    benchmarks = runs_of(root, BENCHMARKS)
+    for name in ("categories", "scaling"):
+        if name not in benchmarks:
+            print(f"note: no run {name!r} of the experiment {BENCHMARKS!r}: no picture of it")
+            continue
+        opened.curves(benchmarks[name])
+        save(f"mlflow_{name}.png")
+    return taken
+
+
+def main() -> int:
+    """Take the pictures. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", type=Path, default=Path("runs"), help="folder of the runs")
+    parser.add_argument("--compared", required=True, metavar="NAME", help="run of a comparison")
+    parser.add_argument("--out", type=Path, default=Path("docs/images"), help="folder for pictures")
+    parser.add_argument("--port", type=int, default=5077)
+    arguments = parser.parse_args()
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        parser.error("no chromium on the PATH; `make browser` installs one")
+    with pages(arguments.root, arguments.port, chromium) as opened:
+        take_pictures(opened, arguments.root, arguments.compared, arguments.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
