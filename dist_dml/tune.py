@@ -188,8 +188,23 @@ def placed(study: Study, cluster: Cluster) -> tuple[Placement, TrialPlan]:
         tags=dict(study.config.tracking.tags),
         storage=str((study.folder / "tune" / "ray").resolve()),
         threads=0 if study.config.engine.threads else max(1, int(search.trial.cpus)),
+        searching=without_confirming_images(search, study.metric, study.config),
     )
     return placement, plan
+
+
+def without_confirming_images(search: SearchConfig, metric: str, config: Config) -> tuple[str, ...]:
+    """Overrides that keep the images of `confirm.metric` out of the search.
+
+    Nothing is to be chosen by them, and nobody pays for evaluations that nothing looks at.
+    """
+    if not search.confirm.seeds:
+        return ()
+    protocols = config.evaluation.protocols
+    held_out = _split(search.confirm.metric, protocols)
+    needed = {name.split("/")[0] for name in (metric, config.checkpoint.best_metric)}
+    kept = [one for one in protocols if one.query != held_out or one.name in needed]
+    return (f"evaluation.protocols={json.dumps([one.model_dump() for one in kept])}",)
 
 
 def write_results(study: Study) -> str:

@@ -88,10 +88,11 @@ class Pages:
         self._go(f"{place}/model-metrics?{_KIND}")
         self.page.locator(".js-plotly-plot").first.wait_for()
 
-    def drawn(self, experiment: str, name: str) -> None:
-        """The list of runs as charts, with the tree of `name` opened: all its runs in each."""
+    def drawn(self, experiment: str, name: str, metrics: str) -> None:
+        """The list of runs as charts of some metrics, with the tree of `name` opened."""
         self.tree(experiment, name)
         self.page.locator("label", has=self.page.locator("input[value=CHART]")).click()
+        self.page.get_by_placeholder("Search metric charts").fill(metrics)
         self.page.locator(".js-plotly-plot").first.wait_for()
 
     def save(self, path: Path) -> None:
@@ -162,7 +163,7 @@ def take_pictures(opened: Pages, root: Path, compared: str, out: Path) -> list[P
     save("mlflow_methods.png")
     opened.described(parent)
     save("mlflow_table.png")
-    opened.drawn(parent.info.experiment_id, compared)
+    opened.drawn(parent.info.experiment_id, compared, "validation/cosine/")
     save("mlflow_curves.png")
     benchmarks = runs_of(root, BENCHMARKS)
     for name in ("categories", "scaling"):

@@ -50,6 +50,8 @@ class TrialPlan:
     """For Ray's own notes."""
     threads: int
     """CPU threads of each worker; 0 leaves engine.threads as it is."""
+    searching: tuple[str, ...] = ()
+    """Further overrides of the trials that search, not of those that confirm."""
 
 
 class TrialFailure(RuntimeError):
@@ -130,6 +132,8 @@ def _own_settings(config: Mapping[str, Any], plan: TrialPlan) -> list[str]:
         "run.resume=auto",
         *below,
     ]
+    if config["kind"] == "search":
+        settings += plan.searching
     return settings + [f"engine.threads={plan.threads}"] * bool(plan.threads)
 
 

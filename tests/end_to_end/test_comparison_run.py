@@ -210,7 +210,7 @@ def test_the_parent_shows_the_table(runs: dict[str, Any], opened: Pages) -> None
 
 
 def test_all_runs_of_the_tree_are_drawn_together(runs: dict[str, Any], opened: Pages) -> None:
-    opened.drawn(runs["many"].info.experiment_id, "many")
+    opened.drawn(runs["many"].info.experiment_id, "many", "map_at_r")
     opened.page.get_by_text("test/cosine/map_at_r", exact=True).first.wait_for()
 
 

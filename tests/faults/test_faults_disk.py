@@ -17,7 +17,7 @@ from printed_lines import PrintedLines
 
 pytestmark = pytest.mark.slow
 
-STEPS = 250
+STEPS = 160
 TRAINING = [f"training.max_steps={STEPS}", "training.epochs=100000", "engine.threads=1"]
 # No checkpoint before the end: here the disk is full for the records alone.
 TRAINING += ["checkpoint.every_epochs=0", "tracking.diagnostics=false", "data.batch_size=16"]

@@ -18,7 +18,7 @@ from dist_dml.checkpoint_manifest import checkpoint_steps, verify_checkpoint
 
 pytestmark = pytest.mark.slow
 
-TRAINING = ["training.epochs=60", "tracking.diagnostics=false", "data.batch_size=32"]
+TRAINING = ["training.epochs=36", "tracking.diagnostics=false", "data.batch_size=32"]
 TRAINING += ["checkpoint.every_steps=10", "checkpoint.every_epochs=0"]
 
 

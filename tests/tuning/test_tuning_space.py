@@ -8,7 +8,7 @@ import pytest
 
 from dist_dml.config_loading import resolve
 from dist_dml.errors import UsageError
-from dist_dml.tune import check_metrics
+from dist_dml.tune import check_metrics, without_confirming_images
 from dist_dml.tuning.space import check_space, load_search, overrides_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -119,6 +119,19 @@ def test_confirming_on_the_images_that_have_chosen_is_refused(tmp_path: Path) ->
     search = load_search(written(tmp_path, text))
     with pytest.raises(UsageError, match="by which the search has chosen"):
         check_metrics(search, "validation/cosine/map_at_r", config)
+
+
+def test_images_that_confirm_are_not_evaluated_in_the_search(tmp_path: Path) -> None:
+    file = str(REPOSITORY / "configs/glyphs_tune.yaml")
+    config = resolve(file, []).config
+    confirming = RATE + "confirm: {seeds: 2, metric: unseen/cosine/map_at_r}"
+    search = load_search(written(tmp_path, confirming))
+    words = without_confirming_images(search, "validation/cosine/map_at_r", config)
+    (kept,) = resolve(file, words).config.evaluation.protocols
+    assert kept == config.evaluation.protocols[0]
+    assert kept.name == "validation"
+    # Without a confirmation nothing is kept from anybody.
+    assert without_confirming_images(load_search(written(tmp_path, RATE)), "", config) == ()
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs/search").glob("*.yaml")))
