@@ -17,7 +17,7 @@ TEST_PROCESSES ?= 2
 help:
 	@echo "make setup      install dist_dml and everything it needs into $(VENV) (about 3 minutes)"
 	@echo "make demo       pack glyphs, train with 2 deepspeed workers, score unseen classes"
-	@echo "make tune       search 8 settings on glyphs, confirm the best over 3 seeds"
+	@echo "make tune       search 8 settings on glyphs, confirm the best over 3 seeds (8 minutes)"
 	@echo "make test       the tests (under 10 minutes on 2 cores)"
 	@echo "make test-slow  faults, killed workers and the documented commands, end to end"
 	@echo "make browser    install chromium by apt, for the tests in a browser (else skipped)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 
 
@@ -47,9 +48,16 @@ def print_failure(reason: str) -> None:
     """The one line that a failed command ends with, without secrets."""
     from dist_dml.credentials import redact  # It refuses with the errors above.
 
-    print(f"dist_dml: error: {' '.join(redact(reason).split())}", file=sys.stderr, flush=True)
+    _print_last(f"dist_dml: error: {' '.join(redact(reason).split())}")
 
 
 def print_stopped(text: str) -> None:
     """The one line that a command ends with which was asked to stop."""
-    print(f"dist_dml: stopped: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    _print_last(f"dist_dml: stopped: {' '.join(text.split())}")
+
+
+def _print_last(line: str) -> None:
+    """To stderr, behind what was printed before: a pipe or a file holds stdout back."""
+    with contextlib.suppress(OSError, ValueError):  # Its reader is gone.
+        sys.stdout.flush()
+    print(line, file=sys.stderr, flush=True)

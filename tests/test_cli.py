@@ -117,3 +117,13 @@ def test_a_reader_that_has_had_enough_is_no_error(arguments: list[str]) -> None:
     )
     os.close(write_end)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_error_stands_behind_what_was_printed_in_a_file_too(tmp_path: Path) -> None:
+    path = tmp_path / "output.txt"
+    program = "from dist_dml.errors import print_failure; print('a table'); print_failure('why')"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    with path.open("wb") as output:
+        words = [sys.executable, "-c", program]
+        subprocess.run(words, stdout=output, stderr=output, check=True, cwd=ROOT, env=environment)
+    assert path.read_text().splitlines() == ["a table", "dist_dml: error: why"]

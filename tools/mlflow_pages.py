@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -82,18 +83,23 @@ class Pages:
         more.wait_for()
         more.click()
 
-    def curves(self, run: Any) -> None:
-        """A run's metrics, drawn."""
+    def curves(self, run: Any, metrics: str) -> None:
+        """Some of a run's metrics, drawn."""
         place = f"/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
         self._go(f"{place}/model-metrics?{_KIND}")
+        self._search(metrics)
+
+    def _search(self, metrics: str) -> None:
+        self.page.get_by_placeholder("Search metric charts").fill(metrics)
+        # Of a legend: "RUN (METRIC)".
+        self.page.get_by_text(re.compile(rf"\(\S*{re.escape(metrics)}\S*\)")).first.wait_for()
         self.page.locator(".js-plotly-plot").first.wait_for()
 
     def drawn(self, experiment: str, name: str, metrics: str) -> None:
         """The list of runs as charts of some metrics, with the tree of `name` opened."""
         self.tree(experiment, name)
         self.page.locator("label", has=self.page.locator("input[value=CHART]")).click()
-        self.page.get_by_placeholder("Search metric charts").fill(metrics)
-        self.page.locator(".js-plotly-plot").first.wait_for()
+        self._search(metrics)
 
     def save(self, path: Path) -> None:
         """A picture of what is seen, when it has come to rest."""
@@ -166,11 +172,11 @@ def take_pictures(opened: Pages, root: Path, compared: str, out: Path) -> list[P
     opened.drawn(parent.info.experiment_id, compared, "validation/cosine/")
     save("mlflow_curves.png")
     benchmarks = runs_of(root, BENCHMARKS)
-    for name in ("categories", "scaling"):
+    for name, metrics in (("categories", "step_seconds"), ("scaling", "")):
         if name not in benchmarks:
             print(f"note: no run {name!r} of the experiment {BENCHMARKS!r}: no picture of it")
             continue
-        opened.curves(benchmarks[name])
+        opened.curves(benchmarks[name], metrics)
         save(f"mlflow_{name}.png")
     return taken
 

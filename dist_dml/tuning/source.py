@@ -167,9 +167,14 @@ class Bookkeeper(Callback):
             text += f": {record.reason}"
         elif record.best is not None:
             text += f": {record.best:.4f}"
-        done = sum(one.state != "running" for one in self._ledger.trials.values())
-        left = max(0, self._total - done)
-        each = (time.monotonic() - self._started) / max(1, done - self._before)
+        every = self._ledger.trials.values()
+        done = sum(one.state != "running" for one in every)
+        # What runs beside it is partly done as well.
+        shares = [
+            one.reports[-1]["share"] for one in every if one.state == "running" and one.reports
+        ]
+        left = max(0.0, self._total - done - sum(shares))
+        each = (time.monotonic() - self._started) / max(1.0, done + sum(shares) - self._before)
         text += f"   [{done}/{self._total} trials"
         best = self._ledger.best()
         if best is not None:

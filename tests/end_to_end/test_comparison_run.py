@@ -210,16 +210,14 @@ def test_the_parent_shows_the_table(runs: dict[str, Any], opened: Pages) -> None
 
 
 def test_all_runs_of_the_tree_are_drawn_together(runs: dict[str, Any], opened: Pages) -> None:
-    opened.drawn(runs["many"].info.experiment_id, "many", "map_at_r")
-    opened.page.get_by_text("test/cosine/map_at_r", exact=True).first.wait_for()
+    opened.drawn(runs["many"].info.experiment_id, "many", "test/cosine/map_at_r")
 
 
 def test_the_curves_of_a_fold_are_drawn(
     compared: Compared, runs: dict[str, Any], opened: Pages
 ) -> None:
     trial = comparison_of(compared)["methods"][0]["trial"]
-    opened.curves(runs[f"many/{trial}/fold-0"])
-    opened.page.get_by_text("validation/cosine/map_at_r", exact=True).first.wait_for()
+    opened.curves(runs[f"many/{trial}/fold-0"], "validation/cosine/map_at_r")
 
 
 def test_a_method_that_fails_is_named_and_the_others_have_their_table(compared: Compared) -> None:

@@ -98,10 +98,10 @@ def test_a_run_whose_last_checkpoint_cannot_be_written_fails_and_goes_on_from_th
     filler = fill(disk, 2**20)
     assert output.end(120) == 1, output.lines
     (line,) = [text for text in output.lines if text.startswith("dist_dml: error:")]
-    assert "step 300: the checkpoint was not written" in line
+    assert "step 180: the checkpoint was not written" in line
     assert "--resume auto" in line
     assert not training_processes(disk)
     filler.unlink()
     resumed = launcher.run("python", 1, *words, "--resume", "auto")
     assert resumed.exit_code == 0, resumed.output
-    assert checkpoint_steps(checkpoints)[-1] == 300
+    assert checkpoint_steps(checkpoints)[-1] == 180
