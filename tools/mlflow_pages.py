@@ -1,9 +1,10 @@
 """MLflow's pages in a headless browser: for the pictures of docs/mlflow.md, and for its test.
 
-    python tools/mlflow_pages.py --root runs --compared losses --out docs/images
+    python tools/mlflow_pages.py --root runs --compared losses --out docs/images \\
+        --benchmarks runs/categories runs/scaling
 
 Needs `make browser` and playwright. The addresses and labels are those of MLflow 3, which promises
-none of them: after an update of MLflow, tests/end_to_end/test_comparison_mlflow.py says what moved.
+none of them: after an update of MLflow, tests/end_to_end/test_comparison_run.py says what moved.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from dist_dml.tracking.mlflow_run import connect
 
 METHOD_SCORE = "protocol/separated/map_at_r"
 BENCHMARKS = "benchmarks"
+CURVES = {"categories": "step_seconds", "scaling": "step_seconds"}
+"""The benchmarks that have a run, and what is shown of each."""
 _WIDTH, _HEIGHT = 1500, 950
 _WAIT_SECONDS = 90.0
 _NO_ASSISTANT = """
@@ -105,6 +108,7 @@ class Pages:
         """A picture of what is seen, when it has come to rest."""
         self.page.wait_for_timeout(3000)
         self.page.screenshot(path=str(path))
+        print(path, flush=True)
 
 
 @contextmanager
@@ -145,18 +149,11 @@ def runs_of(root: Path, experiment: str) -> dict[str, Any]:
     found = client.get_experiment_by_name(experiment)
     if found is None:
         return {}
-    return {run.info.run_name: run for run in client.search_runs([found.experiment_id])}
+    return {str(run.info.run_name): run for run in client.search_runs([found.experiment_id])}
 
 
-def take_pictures(opened: Pages, root: Path, compared: str, out: Path) -> list[Path]:
-    """The pictures of docs/mlflow.md. What there is no run for is left out, and said."""
-    taken: list[Path] = []
-
-    def save(name: str) -> None:
-        taken.append(out / name)
-        opened.save(taken[-1])
-        print(f"{taken[-1]}", flush=True)
-
+def take_pictures(opened: Pages, root: Path, compared: str, out: Path) -> None:
+    """The pictures of docs/mlflow.md that show a comparison."""
     runs = runs_of(root, TrackingConfig().experiment)
     if compared not in runs:
         raise SystemExit(f"error: MLflow has no run {compared!r} below {root}; it has {[*runs]}")
@@ -164,28 +161,31 @@ def take_pictures(opened: Pages, root: Path, compared: str, out: Path) -> list[P
     wanted = {"mlflow.parentRunId": parent.info.run_id, "kind": "method"}
     methods = [run for run in runs.values() if wanted.items() <= run.data.tags.items()]
     opened.tree(parent.info.experiment_id, compared)
-    save("mlflow_tree.png")
+    opened.save(out / "mlflow_tree.png")
     opened.beside(methods, METHOD_SCORE)
-    save("mlflow_methods.png")
+    opened.save(out / "mlflow_methods.png")
     opened.described(parent)
-    save("mlflow_table.png")
+    opened.save(out / "mlflow_table.png")
     opened.drawn(parent.info.experiment_id, compared, "validation/cosine/")
-    save("mlflow_curves.png")
-    benchmarks = runs_of(root, BENCHMARKS)
-    for name, metrics in (("categories", "step_seconds"), ("scaling", "")):
-        if name not in benchmarks:
-            print(f"note: no run {name!r} of the experiment {BENCHMARKS!r}: no picture of it")
-            continue
-        opened.curves(benchmarks[name], metrics)
-        save(f"mlflow_{name}.png")
-    return taken
+    opened.save(out / "mlflow_curves.png")
+
+
+def take_curves(opened: Pages, root: Path, out: Path) -> None:
+    """Pictures of the benchmarks that MLflow has below `root`."""
+    runs = runs_of(root, BENCHMARKS)
+    for name in sorted(CURVES.keys() & runs.keys()):
+        opened.curves(runs[name], CURVES[name])
+        opened.save(out / f"mlflow_{name}.png")
 
 
 def main() -> int:
     """Take the pictures. Returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--root", type=Path, default=Path("runs"), help="folder of the runs")
     parser.add_argument("--compared", required=True, metavar="NAME", help="run of a comparison")
+    parser.add_argument(
+        "--benchmarks", type=Path, nargs="*", default=[], metavar="OUT", help="of tools, --mlflow"
+    )
     parser.add_argument("--out", type=Path, default=Path("docs/images"), help="folder for pictures")
     parser.add_argument("--port", type=int, default=5077)
     arguments = parser.parse_args()
@@ -194,6 +194,9 @@ def main() -> int:
         parser.error("no chromium on the PATH; `make browser` installs one")
     with pages(arguments.root, arguments.port, chromium) as opened:
         take_pictures(opened, arguments.root, arguments.compared, arguments.out)
+    for root in arguments.benchmarks:
+        with pages(root, arguments.port, chromium) as opened:
+            take_curves(opened, root, arguments.out)
     return 0
 
 
