@@ -10,6 +10,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -46,25 +47,26 @@ def render_shard(
     """
     rows = [tuple(row) for row in np.asarray(shard.samples).tolist()]
     urls = [row[PATH] for row in rows if is_url(row[PATH])]
-    answers = fetch_images(urls, fetching)
     failed: list[tuple[str, str, str, str]] = []
-    for row in rows:
-        remote = is_url(row[PATH])
-        answer = next(answers) if remote else tree.read(row[PATH])
-        sample = answer if isinstance(answer, str) else _sample(tree, resize, row, answer)
-        if not isinstance(sample, str):
-            yield sample
-            continue
-        if not remote:
-            raise RunError(f"{tree.where(row[PATH])}: {sample}; correct row {row[NUMBER]}")
-        # Signatures and passwords of URLs stay in the manifest.
-        failed.append((row[NUMBER], row[LABEL], redact(row[PATH]), sample))
-        if len(failed) > max_failed * len(urls):
-            raise RunError(
-                f"{shard.name}: {len(failed):,} of {len(urls):,} URLs failed ({_kinds(failed)}), "
-                f"first {failed[0][2]}; run the same command again, or raise --max-failed="
-                f"{max_failed}"
-            )
+    # Its connections end with it, not when its memory is found: then in whatever thread that is.
+    with closing(fetch_images(urls, fetching)) as answers:
+        for row in rows:
+            remote = is_url(row[PATH])
+            answer = next(answers) if remote else tree.read(row[PATH])
+            sample = answer if isinstance(answer, str) else _sample(tree, resize, row, answer)
+            if not isinstance(sample, str):
+                yield sample
+                continue
+            if not remote:
+                raise RunError(f"{tree.where(row[PATH])}: {sample}; correct row {row[NUMBER]}")
+            # Signatures and passwords of URLs stay in the manifest.
+            failed.append((row[NUMBER], row[LABEL], redact(row[PATH]), sample))
+            if len(failed) > max_failed * len(urls):
+                raise RunError(
+                    f"{shard.name}: {len(failed):,} of {len(urls):,} URLs failed "
+                    f"({_kinds(failed)}), first {failed[0][2]}; run the same command again, or "
+                    f"raise --max-failed={max_failed}"
+                )
     _list_failed(_failed_file(out, shard), failed)
 
 

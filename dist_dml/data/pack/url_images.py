@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -49,9 +49,10 @@ def is_url(path: str) -> bool:
     return path[:8].lower().startswith(("http://", "https://"))
 
 
-def fetch_images(urls: Sequence[str], fetching: Fetching) -> Iterator[bytes | str]:
+def fetch_images(urls: Sequence[str], fetching: Fetching) -> Generator[bytes | str, None, None]:
     """The bytes behind each URL, in order; or a few words why there are none.
 
+    Close it where it may not be read to its end: what it holds must end in the thread that reads.
     Holds at most `8 * connections` images. Never waits longer for one than its attempts and their
     pauses take.
 

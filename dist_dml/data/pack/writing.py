@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -141,7 +141,12 @@ def write_shards(
 
 
 def _write_one(out: Path, render_shard: RenderShard, shard: ShardPlan) -> int:
-    return write_shard(out / shard.name, render_shard(shard))
+    samples = render_shard(shard)
+    try:
+        return write_shard(out / shard.name, samples)
+    finally:
+        if isinstance(samples, Generator):
+            samples.close()  # With the connections of one that was not read to its end.
 
 
 def _written(
