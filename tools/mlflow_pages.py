@@ -1,6 +1,6 @@
 """MLflow's pages in a headless browser: for the pictures of docs/mlflow.md, and for its test.
 
-    python tools/mlflow_pages.py --root runs --compared losses --out docs/images \\
+    python tools/mlflow_pages.py --root runs --compared losses --searched tune tune \\
         --benchmarks runs/categories runs/scaling
 
 Needs `make browser` and playwright. The addresses and labels are those of MLflow 3, which promises
@@ -152,22 +152,37 @@ def runs_of(root: Path, experiment: str) -> dict[str, Any]:
     return {str(run.info.run_name): run for run in client.search_runs([found.experiment_id])}
 
 
+def run_of(root: Path, experiment: str, name: str) -> Any:
+    """One run; without it the program ends and says which there are."""
+    runs = runs_of(root, experiment)
+    if name not in runs:
+        raise SystemExit(
+            f"error: MLflow has no run {name!r} in experiment {experiment!r} below {root}; "
+            f"it has {', '.join(sorted(runs)) or 'none'}"
+        )
+    return runs[name]
+
+
 def take_pictures(opened: Pages, root: Path, compared: str, out: Path) -> None:
     """The pictures of docs/mlflow.md that show a comparison."""
+    parent = run_of(root, TrackingConfig().experiment, compared)
     runs = runs_of(root, TrackingConfig().experiment)
-    if compared not in runs:
-        raise SystemExit(f"error: MLflow has no run {compared!r} below {root}; it has {[*runs]}")
-    parent = runs[compared]
     wanted = {"mlflow.parentRunId": parent.info.run_id, "kind": "method"}
     methods = [run for run in runs.values() if wanted.items() <= run.data.tags.items()]
     opened.tree(parent.info.experiment_id, compared)
     opened.save(out / "mlflow_tree.png")
     opened.beside(methods, METHOD_SCORE)
+    opened.page.get_by_text(METHOD_SCORE, exact=True).last.scroll_into_view_if_needed()
     opened.save(out / "mlflow_methods.png")
     opened.described(parent)
     opened.save(out / "mlflow_table.png")
-    opened.drawn(parent.info.experiment_id, compared, "validation/cosine/")
-    opened.save(out / "mlflow_curves.png")
+
+
+def take_trials(opened: Pages, root: Path, experiment: str, searched: str, out: Path) -> None:
+    """The picture of docs/mlflow.md that shows the trials of a search."""
+    run = run_of(root, experiment, searched)
+    opened.drawn(run.info.experiment_id, searched, "train/")
+    opened.save(out / "mlflow_trials.png")
 
 
 def take_curves(opened: Pages, root: Path, out: Path) -> None:
@@ -182,7 +197,10 @@ def main() -> int:
     """Take the pictures. Returns the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--root", type=Path, default=Path("runs"), help="folder of the runs")
-    parser.add_argument("--compared", required=True, metavar="NAME", help="run of a comparison")
+    parser.add_argument("--compared", metavar="NAME", help="run of a comparison")
+    parser.add_argument(
+        "--searched", nargs=2, metavar=("EXPERIMENT", "NAME"), help="run of a search"
+    )
     parser.add_argument(
         "--benchmarks", type=Path, nargs="*", default=[], metavar="OUT", help="of tools, --mlflow"
     )
@@ -193,7 +211,11 @@ def main() -> int:
     if chromium is None:
         parser.error("no chromium on the PATH; `make browser` installs one")
     with pages(arguments.root, arguments.port, chromium) as opened:
-        take_pictures(opened, arguments.root, arguments.compared, arguments.out)
+        if arguments.compared:
+            take_pictures(opened, arguments.root, arguments.compared, arguments.out)
+        if arguments.searched:
+            experiment, name = arguments.searched
+            take_trials(opened, arguments.root, experiment, name, arguments.out)
     for root in arguments.benchmarks:
         with pages(root, arguments.port, chromium) as opened:
             take_curves(opened, root, arguments.out)
