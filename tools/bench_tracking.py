@@ -41,7 +41,8 @@ SETTINGS = (
     "data.loader_processes=0",
     "training.epochs=1000000",
     "checkpoint.every_epochs=0",
-    "evaluation.every_epochs=0",
+    "evaluation={every_epochs: 0, nmi: false, protocols: [{name: seen, query: seen}]}",
+    "checkpoint.best_metric=seen/cosine/map_at_r",
     "schedule.name=constant",
 )
 
@@ -56,7 +57,7 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=3, help="runs with and without")
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()
     if given.seconds < 2 * START_SECONDS:
         parser.error(
             f"--seconds {given.seconds:g} is too short; give {2 * START_SECONDS:g} or more"
