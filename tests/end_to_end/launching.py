@@ -259,3 +259,11 @@ def training_processes(root: Path) -> list[psutil.Process]:
         if is_worker and names_run and not is_launcher and process.info["status"] != "zombie":
             found.append(process)
     return found
+
+
+def wait_for_no_worker(root: Path, seconds: float = 20) -> None:
+    """Until all workers of the runs below `root` have ended by themselves."""
+    deadline = time.monotonic() + seconds
+    while training_processes(root):
+        assert time.monotonic() < deadline, "a worker was left behind"
+        time.sleep(0.1)

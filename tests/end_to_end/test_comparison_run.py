@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import ROOT, finish, free_port, start_command, steps_trained, training_processes
+from launching import (
+    ROOT,
+    finish,
+    free_port,
+    start_command,
+    steps_trained,
+    training_processes,
+    wait_for_no_worker,
+)
 
 sys.path.insert(0, str(ROOT / "tools"))  # The modules of a tool lie beside it and are no package.
 
@@ -71,10 +79,7 @@ def compared(divided_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Co
         time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
-    deadline = time.monotonic() + 60
-    while training_processes(root):
-        assert time.monotonic() < deadline, "a worker was left behind"
-        time.sleep(0.1)
+    wait_for_no_worker(root, 60)  # Mirrors send what they have first.
     tested = list(root.rglob("test.json"))
     code, output = finish(start(str(path), *METHODS), 400)
     return Compared(str(path), root, code, output, tested)

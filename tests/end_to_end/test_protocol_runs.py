@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from launching import finish, start_command, steps_trained, training_processes
+from launching import finish, start_command, steps_trained, training_processes, wait_for_no_worker
 
 pytestmark = pytest.mark.slow
 
@@ -83,10 +83,7 @@ def test_killed_and_resumed_runs_nothing_twice_and_ends_with_the_same_table(
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     # The guards have lost their asker: nobody is left to tell them.
-    deadline = time.monotonic() + 20
-    while training_processes(root):
-        assert time.monotonic() < deadline, "a worker was left behind"
-        time.sleep(0.1)
+    wait_for_no_worker(root)
     saved = [newest_step(fold) for fold in folds]
     assert min(saved) < 40, "it was killed too late to show anything"
     assert not list((root / "killed").glob("fold-*/test.json"))

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from launching import Launcher, training_processes
+from launching import Launcher, training_processes, wait_for_no_worker
 from printed_lines import PrintedLines
 from shard_server import serving
 
@@ -98,10 +98,7 @@ def test_a_launcher_that_is_asked_to_stop_leaves_a_saved_run_and_no_worker(
     # torchrun answers 1 whatever its workers do; DeepSpeed dies of the signal.
     ended = launcher.wait([process], time.monotonic() + 40)
     assert ended.exit_code in (1, signal.SIGTERM), ended.output
-    deadline = time.monotonic() + 20
-    while training_processes(launcher.root):
-        assert time.monotonic() < deadline, "a worker was left behind"
-        time.sleep(0.1)
+    wait_for_no_worker(launcher.root)
     step = saved_step(launcher, "asked")
     assert "start again with --resume auto" in ended.output
     assert step == steps_done(launcher, "asked")
