@@ -33,8 +33,12 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "dist_dml needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@# Bytecode of all packages would take a minute; of what is imported it comes by itself.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[all]'
+	@# Bytecode, by all cores where pip takes one. Where nobody may write it later (another user's
+	@# environment, PYTHONDONTWRITEBYTECODE) each worker would compile what it imports: 10 to 60 s.
+	@# Files that no Python of this version can read are left out by themselves.
+	-@$(BIN)/python -m compileall -qq -j 0 -x '/tests?/|/testing/_internal/|/ray/rllib/' \
+		dist_dml tests tools $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 	@touch $@
 
 demo: $(READY)

@@ -29,6 +29,9 @@ export RAY_AUTH_TOKEN_PATH=${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}
 # It would count instead of the file, and be in the environment of every job.
 unset RAY_AUTH_TOKEN
 export RAY_USAGE_STATS_ENABLED=0
+# A head whose helpers have not answered after 30 s ends itself: too short for a busy machine, or
+# for packages on a network's file system.
+export RAY_agent_register_timeout_ms=${RAY_agent_register_timeout_ms:-300000}
 
 fail() {
     echo "ray_head.sh: error: $1" >&2

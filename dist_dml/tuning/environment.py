@@ -19,6 +19,9 @@ _SETTINGS = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # A node whose helpers have not answered after 30 s ends itself: too short for a busy machine,
+    # or for packages on a network's file system.
+    "RAY_agent_register_timeout_ms": "300000",
 }
 
 

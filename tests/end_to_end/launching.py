@@ -43,7 +43,7 @@ def start_command(*words: str) -> subprocess.Popen[str]:
     return start_warm(command, "dist_dml.cli", plain_environment(), ROOT)
 
 
-def finish(process: subprocess.Popen[str], timeout_seconds: float = 240) -> tuple[int, str]:
+def finish(process: subprocess.Popen[str], timeout_seconds: float = 300) -> tuple[int, str]:
     """Exit code and output; nothing stays behind."""
     try:
         output = process.communicate(timeout=timeout_seconds)[0]
@@ -190,7 +190,7 @@ class Launcher:
         workers: int,
         *arguments: str,
         settings: Sequence[str] | None = None,
-        timeout_seconds: float = 120,
+        timeout_seconds: float = 300,
         program: Sequence[str] | None = None,
     ) -> Finished:
         """Start and wait; whatever is still there at the end is killed and fails the test."""

@@ -90,7 +90,7 @@ def head() -> Iterator[Head]:
         )
     url = f"http://127.0.0.1:{dashboard}"
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not status_of(f"{url}/api/version"):
             assert process.poll() is None, log.read_text()
             assert time.monotonic() < deadline, log.read_text()

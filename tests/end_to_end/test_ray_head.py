@@ -44,14 +44,14 @@ def test_a_job_with_the_token_runs_and_one_without_it_is_refused(head: Head) -> 
     command = [str(BIN / "ray"), "job", "submit", "--address", head.dashboard]
     command += ["--working-dir", str(head.folder / "work"), "--", "python", "job.py"]
     other = environment_of(head.folder, RAY_AUTH_MODE="disabled")
-    refused = subprocess.run(command, env=other, capture_output=True, text=True, timeout=120)
+    refused = subprocess.run(command, env=other, capture_output=True, text=True, timeout=300)
     assert refused.returncode != 0
     assert "AuthenticationError" in refused.stderr
     assert "the job ran" not in refused.stdout + refused.stderr
     given = {"RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
     given["RAY_AUTH_TOKEN_PATH"] = str(head.folder / ".ray" / "auth_token")
     accepted = environment_of(head.folder, **given)
-    done = subprocess.run(command, env=accepted, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=accepted, capture_output=True, text=True, timeout=300)
     assert "the job ran" in done.stdout + done.stderr
 
 
