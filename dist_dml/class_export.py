@@ -15,7 +15,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet
 from safetensors.torch import save_file
@@ -25,6 +24,7 @@ from dist_dml.class_store import StoredClasses
 from dist_dml.config_loading import resolve
 from dist_dml.data.progress import ProgressLine
 from dist_dml.errors import UsageError
+from dist_dml.usable import usable_memory
 
 _GROUP_ROWS = 65_536
 _KEYS = ("weight", "bias", "proxies")
@@ -62,7 +62,7 @@ def export(arguments: argparse.Namespace) -> Path:
             names = known_names(open_catalogue(config, manifest, checkpoint), manifest.num_classes)
             _write_parquet(temporary, stored, keys, names)
         else:
-            memory = psutil.virtual_memory().available
+            memory = usable_memory()
             if size > memory:
                 raise UsageError(
                     f"{out} is held in memory while it is written: {size / 2**30:.3g} GiB, and "

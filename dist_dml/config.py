@@ -164,7 +164,8 @@ class EngineConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto`: CUDA where there is one."""
     threads: Annotated[int, Field(ge=0)] = 0
-    """CPU threads of each worker; 0 divides the cores among the workers of this machine."""
+    """CPU threads of each worker; 0 divides the cores of this machine, or those that its
+    container allows, among the workers on it."""
     timeout_seconds: Positive = 600.0
     """Longest wait for the other workers in one collective, and for one batch of data."""
     slow_seconds: Positive = 60.0

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from dist_dml.errors import UsageError
-from dist_dml.parallel.world import environment_ranks
+from dist_dml.parallel.world import environment_ranks, limit_threads
 from dist_dml.retrieval.distances import Distance, named_distance
 from dist_dml.retrieval.embedding_columns import ColumnNames
 from dist_dml.retrieval.embedding_files import EmbeddingTable, metadata_names, read_pair
@@ -105,6 +105,7 @@ def evaluate_files(arguments: argparse.Namespace) -> int:
     """Score, and print tables or one JSON object. Returns the exit code."""
     if environment_ranks().size > 1:
         raise UsageError("--embeddings is evaluated by one process; start it without a launcher")
+    limit_threads()
     distances = _distances(arguments.distance or ["cosine"])
     options = _options(arguments)
     group_by = arguments.group_by

@@ -10,7 +10,6 @@ import difflib
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import psutil
 import torch
 
 from dist_dml.config import Config
@@ -37,6 +36,7 @@ from dist_dml.retrieval.sharded_gallery import score_sharded
 from dist_dml.retrieval.sharded_hits import complete_sharded_hits
 from dist_dml.retrieval.verification import Verification
 from dist_dml.split_vectors import Key, Model, SplitVectors, key_of
+from dist_dml.usable import usable_memory
 
 _AGREEMENT_QUERIES = 512
 
@@ -259,7 +259,7 @@ def _check_without_classes(config: Config, distances: list[Distance]) -> None:
 def _check_memory(images: int, num_classes: int, num_local_workers: int) -> None:
     """Full rows of probabilities exist only here: everywhere else the classes are split."""
     needed = 2 * 4 * images * num_classes * num_local_workers
-    free = psutil.virtual_memory().available
+    free = usable_memory()
     if needed > free:
         raise UsageError(
             f"evaluation.distances compares all {num_classes} class probabilities of {images} "

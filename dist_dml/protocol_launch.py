@@ -17,6 +17,7 @@ from dist_dml.protocol_folds import Fold
 from dist_dml.protocol_guard import GRACE_SECONDS
 from dist_dml.protocol_jobs import Stage
 from dist_dml.protocol_measure import measure_arguments
+from dist_dml.usable import usable_cores
 
 
 def check_launcher(command: str) -> None:
@@ -48,8 +49,7 @@ def divide_machine(
     """
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cores = cores or 1
+    cores = usable_cores()
     devices = _visible_devices(torch.cuda.device_count() if config.engine.device != "cpu" else 0)
     room = max(1, len(devices or range(cores)) // workers)
     parallel = min(parallel or room, num_runs)

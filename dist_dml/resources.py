@@ -17,6 +17,7 @@ from dist_dml.parallel.class_partition import ClassPartition
 from dist_dml.parallel.collectives import gather_objects
 from dist_dml.parallel.heads import Head
 from dist_dml.parallel.world import World
+from dist_dml.usable import usable_memory
 
 
 def check_memory(
@@ -41,7 +42,7 @@ def check_memory(
         f"share {_gibibytes(free)} of free memory; {text[1]}"
     )
     copy = _host_copy_bytes(config, embedding_dim, partition, world)
-    host_free = _host_free_bytes() if copy else 0
+    host_free = usable_memory() if copy else 0
     if copy and not short and host_free < world.ranks.local_size * copy:
         short = True
         text = (
@@ -61,12 +62,6 @@ def _host_copy_bytes(
     if world.device.type == "cpu" or config.loss.of_pairs:
         return 0
     return kept_copy_bytes(config.checkpoint, sum(_state_bytes(config, embedding_dim, partition)))
-
-
-def _host_free_bytes() -> int:
-    import psutil
-
-    return psutil.virtual_memory().available
 
 
 def _class_bytes(
@@ -129,7 +124,7 @@ def _free_bytes(world: World) -> tuple[int, int]:
     """Free memory where this worker's classes will lie, and how many workers share it."""
     if world.device.type == "cuda":
         return torch.cuda.mem_get_info(world.device)[0], 1
-    return _host_free_bytes(), world.ranks.local_size
+    return usable_memory(), world.ranks.local_size
 
 
 def _gibibytes(size: float) -> str:

@@ -122,6 +122,8 @@ LEVELS = {
             "strict_json",
             "plain_yaml",
             "process_pool",
+            "control_groups",
+            "usable",
             "class_config",
             "config_types",
             "credentials",

@@ -9,8 +9,8 @@ import pytest
 
 from dist_dml.config import Config
 from dist_dml.config_loading import resolve
+from dist_dml.control_groups import Allowance, allowance
 from dist_dml.doctor import machine, storage
-from dist_dml.doctor.control_groups import Allowance, allowance
 from dist_dml.doctor.findings import Finding, Setting
 from dist_dml.parallel.world import Ranks
 
@@ -49,7 +49,7 @@ def test_limits_of_version_2_are_the_least_of_all_groups_around(tmp_path: Path) 
             "sys/fs/cgroup/pod/container/pids.max": "100",
         },
     )
-    assert allowance(root) == Allowance(1.5, 8 * GIB, GIB, 2, 100)
+    assert allowance(root) == Allowance(1.5, 8 * GIB, 7 * GIB, 2, 100)
 
 
 def test_limits_of_version_1_and_of_a_container_that_sees_its_own_root_only(
@@ -66,7 +66,7 @@ def test_limits_of_version_1_and_of_a_container_that_sees_its_own_root_only(
             "sys/fs/cgroup/memory/memory.oom_control": "oom_kill_disable 0\noom_kill 1",
         },
     )
-    assert allowance(root) == Allowance(2.0, 4 * GIB, 7, 1, None)
+    assert allowance(root) == Allowance(2.0, 4 * GIB, 4 * GIB - 7, 1, None)
 
 
 def test_without_limits_or_groups_nothing_is_limited(tmp_path: Path) -> None:
@@ -92,10 +92,11 @@ def cores_of(
     return list(machine.cores(64, affinity, allowed, config, ranks, environment))
 
 
-def test_a_quota_below_the_machines_cores_asks_for_threads() -> None:
+def test_threads_follow_a_quota_below_the_machines_cores() -> None:
     (found, *_) = cores_of(64, Allowance(cores=8), 2, "data.loader_processes=0")
-    assert (found.level, found.remedy[:16]) == ("warning", "engine.threads=4")
-    assert "the quota" in found.remedy
+    assert (found.level, found.measured[-25:]) == ("ok", " 2 worker(s) of 4 threads")
+    (found, *_) = cores_of(64, Allowance(cores=8), 2, "engine.threads=32")
+    assert (found.level, found.remedy) == ("warning", "engine.threads=4")
     assert levels(cores_of(64, Allowance(cores=8), 2, "engine.threads=4"))["cores"] == "ok"
     assert levels(cores_of(64, Allowance(), 2))["cores"] == "ok"
 
@@ -115,8 +116,8 @@ def test_more_workers_or_processes_than_cores_are_named() -> None:
     [
         (BIG, Allowance(), 8, "ok"),
         (3 * GIB, Allowance(), 2, "warning"),
-        (BIG, Allowance(memory_bytes=8 * GIB, memory_used=7 * GIB), 1, "warning"),
-        (BIG, Allowance(memory_bytes=32 * GIB, memory_used=GIB), 1, "note"),
+        (BIG, Allowance(memory_bytes=8 * GIB, memory_free=GIB), 1, "warning"),
+        (BIG, Allowance(memory_bytes=32 * GIB, memory_free=31 * GIB), 1, "note"),
     ],
 )
 def test_memory_is_what_the_machine_and_its_control_group_leave(

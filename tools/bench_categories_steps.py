@@ -21,6 +21,8 @@ from bench_categories_ledger import point, summary
 from bench_categories_objectives import epoch_seconds, needed_bytes
 from bench_head_measure import report_progress
 
+from dist_dml.usable import usable_memory
+
 # Kept free of other processes' sake, and for what the estimate leaves out.
 RESERVE_BYTES = 2 * 2**30
 _STOP_SECONDS = 10.0
@@ -166,9 +168,7 @@ def _measure_group(
     keep: Callable[[dict[str, Any]], None],
 ) -> list[Request]:
     """Those that fit now. Returns those that are left."""
-    import psutil
-
-    free = psutil.virtual_memory().available
+    free = usable_memory()
     now, later, never = fitting(waiting, free)
     for request in never:
         needed = needed_bytes(request.objective, request.num_classes, request.dim)

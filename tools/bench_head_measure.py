@@ -34,6 +34,8 @@ from bench_head_variants import (
 )
 from torch import Tensor, nn
 
+from dist_dml.usable import usable_memory
+
 Times = dict[str, list[float | None]]
 
 # Seconds a repetition that a variant may take on average: a slower one sits out some repetitions.
@@ -253,6 +255,4 @@ def available_bytes(device: torch.device) -> int:
     """Free memory of the machine or the GPU."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    return psutil.virtual_memory().available
+    return usable_memory()

@@ -15,7 +15,6 @@ pHash 1.1%.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +29,7 @@ from dist_dml.data.parquet_files import write_parquet
 from dist_dml.data.progress import ProgressLine
 from dist_dml.data.reader import Reader, open_reader
 from dist_dml.process_pool import process_pool
+from dist_dml.usable import usable_cores
 
 T = TypeVar("T")
 
@@ -177,7 +177,7 @@ def over_processes(
     """
     reader = open_reader(index, channels=3)
     # A process takes a second to start: it gets a few jobs at least.
-    processes = min(processes or len(os.sched_getaffinity(0)), len(jobs) // _LEAST_JOBS)
+    processes = min(processes or usable_cores(), len(jobs) // _LEAST_JOBS)
     if processes <= 1:
         yield from (work(reader, *job) for job in jobs)
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import zlib
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -29,6 +28,7 @@ from dist_dml.data.tar_members import ForwardReader
 from dist_dml.data_config import StorageConfig
 from dist_dml.errors import UsageError
 from dist_dml.process_pool import process_pool
+from dist_dml.usable import usable_cores
 
 _LOCAL_SAMPLES = 512
 """Images of a task. A remote shard is one task, streamed once."""
@@ -177,7 +177,7 @@ def run(arguments: argparse.Namespace) -> int:
     """`dist-dml verify`. Returns 0 if all samples that are not in quarantine are sound, else 1."""
     index = load_unchecked(arguments.dataset)
     known = _known(index, arguments.fix)
-    processes = arguments.processes or len(os.sched_getaffinity(0))
+    processes = arguments.processes or usable_cores()
     verdicts = verify(index, processes)
     damaged = [verdict for verdict in verdicts if verdict.kind != "storage"]
     entries = [QuarantineEntry.of(index, v.sample_id, v.kind, v.reason) for v in verdicts]

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from dist_dml.config import Config
-from dist_dml.doctor.control_groups import Allowance, allowance
+from dist_dml.control_groups import Allowance, allowance
 from dist_dml.doctor.findings import Finding, Setting, gibibytes, note, ok, problem, warning
 from dist_dml.parallel.world import Ranks
 
@@ -66,14 +66,12 @@ def cores(
     limits += [f"{quota:g} by its control group"] if quota is not None else []
     measured = ", ".join(limits)
     values = {"cores": count, "affinity": affinity, "quota": quota}
-    threads = config.engine.threads or max(1, affinity // workers)
+    threads = config.engine.threads or max(1, int(usable) // workers)
     if threads * workers > max(1, usable):
         fitting = max(1, int(usable // workers))
         remedy = f"engine.threads={fitting}"
         if workers > usable:
             remedy = f"start at most {max(1, int(usable))} worker(s) on this host, or give it cores"
-        elif quota is not None and not config.engine.threads:
-            remedy += " (without it the number of threads follows the machine, not the quota)"
         yield warning(
             "cores",
             f"{measured}; {workers} worker(s) of {threads} threads would wait for one another",
@@ -129,7 +127,7 @@ def memory(total: int, available: int, allowed: Allowance, workers: int) -> Iter
     measured = f"{gibibytes(available)} available of {gibibytes(total)}"
     free = available
     if limit is not None and limit < total:
-        free = min(available, max(0, limit - (allowed.memory_used or 0)))
+        free = available if allowed.memory_free is None else min(available, allowed.memory_free)
         measured += f"; the control group ends at {gibibytes(limit)}, {gibibytes(free)} of it free"
     if free < _LEAST_MEMORY * workers:
         yield warning(

@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 
+from dist_dml.control_groups import allowance
 from dist_dml.errors import UsageError
 
 DtypeName = Literal["float32", "bfloat16"]
@@ -340,4 +341,5 @@ def cpu_flags() -> frozenset[str]:
 def _host_memory() -> int:
     import psutil
 
-    return psutil.virtual_memory().total
+    total = psutil.virtual_memory().total
+    return min(total, allowance().memory_bytes or total)

@@ -20,6 +20,7 @@ from dist_dml.config import EngineConfig
 from dist_dml.errors import RunError, UsageError
 from dist_dml.parallel.determinism import make_deterministic
 from dist_dml.parallel.failure import FailureBoard
+from dist_dml.usable import usable_cores
 
 # How long a worker that has written its part of a checkpoint waits for the others.
 _DISK_SECONDS = 3600.0
@@ -105,6 +106,14 @@ def _integer(name: str, default: int) -> int:
         raise UsageError(f"environment variable {name}={text!r} is not a whole number") from None
 
 
+def limit_threads() -> None:
+    """Keep a command of one process, without a world, to the cores that it may use.
+
+    torch by itself takes every core that the machine shows, in a container with a quota too.
+    """
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
+
+
 def start_world(config: EngineConfig, ranks: Ranks) -> World:
     """Join the other workers, choose the device and the number of CPU threads.
 
@@ -117,7 +126,7 @@ def start_world(config: EngineConfig, ranks: Ranks) -> World:
     """
     if config.deterministic:
         make_deterministic()
-    torch.set_num_threads(config.threads or max(1, _usable_cores() // max(1, ranks.local_size)))
+    torch.set_num_threads(config.threads or max(1, usable_cores() // max(1, ranks.local_size)))
     device = _choose_device(config, ranks)
     needs_group = ranks.size > 1 or config.name == "deepspeed"
     if not needs_group:
@@ -202,10 +211,6 @@ def _meet(ranks: Ranks, timeout: timedelta) -> Store:
             f"{ranks.size - 1} at {address}:{port} within {timeout.total_seconds():.0f} s "
             f"({first_line}); check that all were started and that the port is free"
         ) from None
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _choose_device(config: EngineConfig, ranks: Ranks) -> torch.device:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 
 from dist_dml.data.progress import ProgressLine
 from dist_dml.errors import UsageError
@@ -25,6 +24,7 @@ from dist_dml.retrieval.embedding_numbering import (
     number_ids,
     number_labels,
 )
+from dist_dml.usable import usable_memory
 
 _SHOWN_FROM_BYTES = 2**29
 """Half a gigabyte takes some seconds to read."""
@@ -166,7 +166,7 @@ def check_alike(footers: Sequence[Footer], path: Path) -> Footer:
 
 
 def _check_memory(path: Path, rows: int, width: int) -> None:
-    needed, free = rows * width * 4, psutil.virtual_memory().available
+    needed, free = rows * width * 4, usable_memory()
     if needed > free:
         raise UsageError(
             f"{path} takes {needed / 2**30:.3g} GiB in memory ({rows} x {width} float32) and "

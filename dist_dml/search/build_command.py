@@ -22,6 +22,7 @@ from dist_dml.checkpoint_manifest import MANIFEST
 from dist_dml.data.index import Index, load_index
 from dist_dml.data.progress import ProgressLine
 from dist_dml.errors import UsageError
+from dist_dml.parallel.world import limit_threads
 from dist_dml.retrieval.distances import named_distance
 from dist_dml.retrieval.embedding_files import read_embeddings
 from dist_dml.retrieval.embedding_manifest import file_digest
@@ -298,6 +299,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Build. Returns the exit code."""
+    limit_threads()
     facts = build(arguments)
     if arguments.json:
         print(json.dumps(facts.model_dump()))

@@ -17,6 +17,7 @@ from dist_dml.tuning.placement import Placement
 from dist_dml.tuning.sampler import Sampler
 from dist_dml.tuning.space import StopConfig
 from dist_dml.tuning.trial import TrialPlan, run_trial
+from dist_dml.usable import usable_cores
 
 if TYPE_CHECKING:
     from dist_dml.tuning.source import TrialSource
@@ -61,7 +62,7 @@ def connected(address: str, workers: int) -> Iterator[Cluster]:
     try:
         ray.init(
             address=address or "local",
-            num_cpus=_usable_cores() if own else None,
+            num_cpus=usable_cores() if own else None,
             object_store_memory=_STORE_BYTES if own else None,
             # What frees the workers of a trial that was stopped (Ray's PlacementGroupCleaner) asks
             # the dashboard's server, which listens on the loopback and wants the token.
@@ -153,7 +154,3 @@ def run_trials(
     )
     tuner.fit()
     sys.stdout.flush()
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from dist_dml.data.progress import ProgressLine
 from dist_dml.data.shards import write_shard
 from dist_dml.errors import RunError, UsageError
 from dist_dml.process_pool import process_pool
+from dist_dml.usable import usable_cores
 from dist_dml.whole_files import write_json
 
 PACK_FILE = "pack.json"
@@ -137,7 +137,7 @@ def write_shards(
             "it goes on with the next shard"
         ) from None
     progress.finish()
-    return build_index(out, source=source, processes=processes or available_cores())
+    return build_index(out, source=source, processes=processes or usable_cores())
 
 
 def _write_one(out: Path, render_shard: RenderShard, shard: ShardPlan) -> int:
@@ -153,17 +153,12 @@ def _written(
     write: Callable[[ShardPlan], int], shards: Sequence[ShardPlan], processes: int
 ) -> Iterator[int]:
     """Write the shards, the given number at a time; yields the samples of each."""
-    processes = min(processes or available_cores(), len(shards))
+    processes = min(processes or usable_cores(), len(shards))
     if processes <= 1:
         yield from map(write, shards)
         return
     with process_pool(processes) as pool:
         yield from pool.map(write, shards)
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def _claim(

@@ -17,14 +17,15 @@ class Allowance:
     Attributes:
         cores: processor time per time.
         memory_bytes: the least limit of the groups that it is in.
-        memory_used: by the group of that limit, page cache included.
+        memory_free: least that any of the groups has left. Files that the kernel drops before it
+            kills do not count (what is in use is what Kubernetes calls the working set).
         killed: processes that the kernel has killed there for want of memory.
         processes: most processes and threads.
     """
 
     cores: float | None = None
     memory_bytes: int | None = None
-    memory_used: int | None = None
+    memory_free: int | None = None
     killed: int = 0
     processes: int | None = None
 
@@ -36,7 +37,7 @@ def allowance(system: Path = Path("/")) -> Allowance:
         system: root of /proc and /sys.
     """
     cores: list[float] = []
-    memory: list[tuple[int, int | None]] = []
+    memory: list[tuple[int, int]] = []
     processes: list[int] = []
     killed = 0
     for folder in _folders(system, "cpu"):
@@ -45,13 +46,18 @@ def allowance(system: Path = Path("/")) -> Allowance:
     for folder in _folders(system, "memory"):
         limit = _number(folder, "memory.max", "memory.limit_in_bytes")
         if limit is not None:
-            memory.append((limit, _number(folder, "memory.current", "memory.usage_in_bytes")))
+            memory.append((limit, _used(folder)))
         killed = max(killed, _killed(folder))
     for folder in _folders(system, "pids"):
         if (limit := _number(folder, "pids.max")) is not None:
             processes.append(limit)
-    least, used = min(memory, key=lambda pair: pair[0], default=(None, None))
-    return Allowance(min(cores, default=None), least, used, killed, min(processes, default=None))
+    return Allowance(
+        cores=min(cores, default=None),
+        memory_bytes=min((limit for limit, _ in memory), default=None),
+        memory_free=min((max(0, limit - used) for limit, used in memory), default=None),
+        killed=killed,
+        processes=min(processes, default=None),
+    )
 
 
 def _folders(system: Path, controller: str) -> Iterator[Path]:
@@ -85,6 +91,16 @@ def _cores(folder: Path) -> float | None:
     quota = _number(folder, "cpu.cfs_quota_us")
     period = _number(folder, "cpu.cfs_period_us")
     return quota / period if quota is not None and quota > 0 and period else None
+
+
+def _used(folder: Path) -> int:
+    used = _number(folder, "memory.current", "memory.usage_in_bytes") or 0
+    words = _words(folder / "memory.stat")
+    # Version 1 counts a group's own files by the second name, and its children's too by the first.
+    for name in ("total_inactive_file", "inactive_file"):
+        if name in words:
+            return max(0, used - int(words[words.index(name) + 1]))
+    return used
 
 
 def _killed(folder: Path) -> int:
