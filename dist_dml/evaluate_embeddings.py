@@ -4,7 +4,8 @@
     dist-dml evaluate --embeddings queries.parquet --gallery gallery.parquet --distance l2 --json
     dist-dml evaluate --embeddings fold-0 --embeddings fold-1 --embeddings fold-2
 
-One process. Files and folders as docs/embeddings.md has them, scores as docs/evaluation.md.
+Under torchrun, deepspeed or srun each worker holds and searches its share of the gallery. Files and
+folders as docs/embeddings.md has them, scores as docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -13,30 +14,32 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any
+from dataclasses import dataclass
 
-import numpy as np
-
+from dist_dml.config_loading import Resolved
+from dist_dml.entry import run_worker
 from dist_dml.errors import UsageError
-from dist_dml.parallel.world import environment_ranks, limit_threads
+from dist_dml.file_scores import as_json, as_text, grouped
+from dist_dml.measurement import search_settings
+from dist_dml.parallel.collectives import gather_objects
+from dist_dml.parallel.world import World, environment_ranks, limit_threads
 from dist_dml.retrieval.distances import Distance, named_distance
 from dist_dml.retrieval.embedding_columns import ColumnNames
 from dist_dml.retrieval.embedding_files import EmbeddingTable, metadata_names, read_pair
-from dist_dml.retrieval.full_scores import DistanceScores, ScoreOptions, score_everything
-from dist_dml.retrieval.groups import (
-    GroupScores,
-    class_sizes,
-    scores_by_class,
-    scores_by_class_size,
-    scores_by_group,
+from dist_dml.retrieval.embedding_raw import WHOLE, Share
+from dist_dml.retrieval.full_scores import (
+    DistanceScores,
+    ScoreOptions,
+    score_everything,
+    scores_of_queries,
 )
-from dist_dml.retrieval.report import aligned_table
+from dist_dml.retrieval.metrics import QueryScores
+from dist_dml.retrieval.sharded_gallery import score_sharded
+from dist_dml.retrieval.sharded_hits import complete_sharded_hits
 
 DISTANCES = ("cosine", "l2")
 """Others compare class probabilities, which embeddings alone do not give."""
 _OWN_GROUPS = ("label", "class_size")
-_GROUPS_SHOWN = 30
 
 
 def add_file_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,14 +104,66 @@ def check_file_arguments(arguments: argparse.Namespace) -> bool:
     return True
 
 
+@dataclass(frozen=True)
+class _Request:
+    """What the arguments ask for, checked."""
+
+    distances: list[Distance]
+    options: ScoreOptions
+    columns: ColumnNames
+    group_by: str | None
+
+    @property
+    def needs_whole(self) -> bool:
+        """Whether something is measured that one worker computes from all embeddings."""
+        return self.options.nmi or self.options.verification
+
+
 def evaluate_files(arguments: argparse.Namespace) -> int:
     """Score, and print tables or one JSON object. Returns the exit code."""
+    request = _request(arguments)
     if environment_ranks().size > 1:
-        raise UsageError("--embeddings is evaluated by one process; start it without a launcher")
+        return run_worker(_evaluate_together, arguments, ["engine.device=cpu"])
     limit_threads()
-    distances = _distances(arguments.distance or ["cosine"])
-    options = _options(arguments)
-    group_by = arguments.group_by
+    queries, gallery = _read(arguments, request, WHOLE)
+    searched = gallery.embeddings if gallery else None
+    found = {
+        distance.name: score_everything(queries.embeddings, searched, distance, request.options)
+        for distance in request.distances
+    }
+    _print(arguments, request, queries, gallery, found)
+    return 0
+
+
+def _evaluate_together(resolved: Resolved, world: World, arguments: argparse.Namespace) -> None:
+    """The same by all workers: each holds and searches its share of the gallery.
+
+    What the first worker measures alone (NMI, verification) needs all embeddings: it reads them if
+    that is asked for.
+    """
+    request = _request(arguments)
+    share = world.rank, world.size
+    held = WHOLE if world.is_first and request.needs_whole else share
+    queries, gallery = _read(arguments, request, held)
+    own = queries.share(*share)
+    searched = gallery.share(*share) if gallery else None
+    settings = search_settings(resolved.config, world)
+    recall_at, group = request.options.recall_at, world.group
+    found = {}
+    for distance in request.distances:
+        scores = score_sharded(own, searched, distance, recall_at, group, settings)
+        scores = complete_sharded_hits(scores, own, searched, distance, group, settings.device)
+        every = QueryScores.concatenate(gather_objects(scores, group))
+        if world.is_first:
+            whole = gallery.embeddings if gallery else None
+            found[distance.name] = scores_of_queries(
+                every, queries.embeddings, whole, distance, request.options
+            )
+    if world.is_first:
+        _print(arguments, request, queries, gallery, found)
+
+
+def _request(arguments: argparse.Namespace) -> _Request:
     columns = ColumnNames(
         embedding=arguments.embedding_column or "embedding",
         label=arguments.label_column or "label",
@@ -120,28 +175,37 @@ def evaluate_files(arguments: argparse.Namespace) -> int:
             f"--embeddings is given {folds[0]} times and --gallery {folds[1]}; give one of each "
             "model, in the same order"
         )
-    if group_by:
-        _check_group_column(arguments.embeddings[0], columns, group_by)
-    queries, gallery = read_pair(
-        arguments.embeddings, arguments.gallery, columns, [group_by] if group_by else []
-    )
+    distances, options = _distances(arguments.distance or ["cosine"]), _options(arguments)
+    if arguments.group_by:
+        _check_group_column(arguments.embeddings[0], columns, arguments.group_by)
+    return _Request(distances, options, columns, arguments.group_by)
+
+
+def _read(
+    arguments: argparse.Namespace, request: _Request, share: Share
+) -> tuple[EmbeddingTable, EmbeddingTable | None]:
+    metadata = [request.group_by] if request.group_by else []
+    return read_pair(arguments.embeddings, arguments.gallery, request.columns, metadata, share)
+
+
+def _print(
+    arguments: argparse.Namespace,
+    request: _Request,
+    queries: EmbeddingTable,
+    gallery: EmbeddingTable | None,
+    found: Mapping[str, DistanceScores],
+) -> None:
     if gallery is not None:
         _note_other_networks(queries, gallery)
-    searched = gallery.embeddings if gallery else None
-    found = {
-        distance.name: score_everything(queries.embeddings, searched, distance, options)
-        for distance in distances
-    }
+    by = request.group_by
     groups = {
-        name: _groups(scores, queries, gallery, group_by) if group_by else []
-        for name, scores in found.items()
+        name: grouped(scores, queries, gallery, by) if by else [] for name, scores in found.items()
     }
     tables = {"queries": queries, "gallery": gallery}
     if arguments.json:
-        print(json.dumps(as_json(tables, found, groups), allow_nan=False))
+        print(json.dumps(as_json(tables, found, groups), allow_nan=False), flush=True)
     else:
-        print(as_text(tables, found, groups))
-    return 0
+        print(as_text(tables, found, groups), flush=True)
 
 
 def _note_other_networks(queries: EmbeddingTable, gallery: EmbeddingTable) -> None:
@@ -181,90 +245,3 @@ def _check_group_column(path: str, columns: ColumnNames, group_by: str) -> None:
     if group_by not in known:
         there = ", ".join(repr(name)[:80] for name in (*_OWN_GROUPS, *known))
         raise UsageError(f"--group-by {group_by!r:.80}: {path} has {there}; name one of these")
-
-
-def _groups(
-    scores: DistanceScores, queries: EmbeddingTable, gallery: EmbeddingTable | None, group_by: str
-) -> list[GroupScores]:
-    if group_by == "label":
-        return scores_by_class(scores.queries, [str(name) for name in queries.label_values])
-    if group_by == "class_size":
-        sizes = class_sizes(queries.embeddings, gallery.embeddings if gallery else None)
-        return scores_by_class_size(scores.queries, sizes)
-    return scores_by_group(scores.queries, queries.metadata[group_by])
-
-
-def as_json(
-    tables: Mapping[str, EmbeddingTable | None],
-    found: Mapping[str, DistanceScores],
-    groups: Mapping[str, list[GroupScores]],
-) -> dict[str, Any]:
-    """All that was measured, as one object of JSON.
-
-    Args:
-        tables: what was read, by `queries` and `gallery`.
-        found: by the name of the distance.
-        groups: likewise; empty lists without groups.
-    """
-    content: dict[str, Any] = {
-        name: None
-        if table is None
-        else {
-            "samples": len(table),
-            "width": table.width,
-            "classes": len(np.unique(table.embeddings.labels)),
-            "made_by": table.facts,
-        }
-        for name, table in tables.items()
-    }
-    content["distances"] = {
-        name: {
-            "scores": one.scores,
-            "intervals": one.intervals,
-            **({"groups": [asdict(group) for group in groups[name]]} if groups[name] else {}),
-        }
-        for name, one in found.items()
-    }
-    return content
-
-
-def as_text(
-    tables: Mapping[str, EmbeddingTable | None],
-    found: Mapping[str, DistanceScores],
-    groups: Mapping[str, list[GroupScores]],
-) -> str:
-    """The same as tables for people; of many groups, those with the most queries."""
-    queries, gallery = tables["queries"], tables["gallery"]
-    assert queries is not None
-    among = "each without itself" if gallery is None else f"a gallery of {len(gallery):,}"
-    classes = len(np.unique(queries.embeddings.labels))
-    texts = []
-    for name, one in found.items():
-        title = f"{name}: {len(queries):,} queries of {classes:,} classes, {among}"
-        rows = [["", "score", "95% interval over classes"]]
-        for key, value in one.scores.items():
-            low_high = one.intervals.get(key)
-            interval = "{:.4f} .. {:.4f}".format(*low_high) if low_high else ""
-            rows.append(
-                [key, f"{value:,.0f}" if key.startswith("num_") else f"{value:.4f}", interval]
-            )
-        texts.append(f"{title}\n{aligned_table(rows)}")
-        if groups[name]:
-            texts.append(_group_table(groups[name]))
-    return "\n\n".join(texts)
-
-
-def _group_table(groups: Sequence[GroupScores]) -> str:
-    """At most 30 groups, in their order."""
-    order = sorted(range(len(groups)), key=lambda i: -groups[i].num_queries)
-    kept = [groups[i] for i in sorted(order[:_GROUPS_SHOWN])]
-    names = ("precision_at_1", "r_precision", "map_at_r")
-    rows = [["group", "queries", "without match", "classes", *names]]
-    for group in kept:
-        scores = [f"{group.scores[key]:.4f}" if key in group.scores else "-" for key in names]
-        # Texts of a file that others wrote, on a terminal.
-        name = "".join(c if c.isprintable() else "?" for c in group.name)[:60]
-        counts = (group.num_queries, group.num_queries_without_match, group.num_classes)
-        rows.append([name, *(f"{count:,}" for count in counts), *scores])
-    more = len(groups) - len(kept)
-    return aligned_table(rows) + (f"\nand {more:,} smaller groups: see --json" if more else "")

@@ -63,6 +63,7 @@ LEVELS = {
             "embed",
             "embedding_parts",
             "evaluate_embeddings",
+            "file_scores",
             "config_command",
             "command_line",
             "resources",

@@ -198,16 +198,6 @@ def test_options_of_files_are_refused_for_a_run(capsys: pytest.CaptureFixture[st
     assert "give a RUN folder" in refused(capsys)
 
 
-def test_several_workers_are_refused(
-    files: tuple[str, str],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "without a launcher" in refused(capsys, "--embeddings", files[0])
-
-
 def test_labels_without_a_match_are_counted_or_end_it(
     tmp_path: Path, files: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:

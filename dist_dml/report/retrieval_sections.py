@@ -73,7 +73,9 @@ def confusions_body(shown: Shown) -> Html:
 
 def class_size_body(shown: Shown, figures: FigureFolder) -> Html:
     """Recall@1 and MAP@R by the number of images that a class has."""
-    sizes = class_sizes(shown.queries, shown.gallery)
+    sizes = class_sizes(
+        shown.queries.labels, None if shown.gallery is None else shown.gallery.labels
+    )
     groups = scores_by_class_size(shown.scores, sizes)
     if not shown.scores.has_match.any():
         return paragraph("No query has an image of its class in the gallery.", "empty")

@@ -5,6 +5,7 @@ Dimensions: `n` rows, embeddings of width `D`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -172,17 +173,20 @@ def read_columns(
     footer: Footer,
     names: ColumnNames,
     metadata: Sequence[str],
-    into: Float32[np.ndarray, "n D"],
+    into: Float32[np.ndarray, "m D"],
+    wanted: slice | None = None,
 ) -> dict[str, Any]:
-    """All rows of a file: embeddings into `into`, the other columns as pyarrow arrays.
+    """A file: embeddings of wanted rows into `into`, the other columns whole, as pyarrow arrays.
 
-    Beyond the results it holds what pyarrow decodes for 16,384 rows.
+    Beyond the results it holds what pyarrow decodes for 16,384 rows. Embeddings are not read from
+    groups of rows where none is wanted.
 
     Args:
         footer: of the file.
         names: how it calls its columns.
         metadata: which other columns to read.
-        into: of the file's rows.
+        into: of the wanted rows.
+        wanted: rows of the file, ends within it; None: all.
 
     Returns:
         By column name; no nulls in labels and ids.
@@ -193,19 +197,22 @@ def read_columns(
     import pyarrow
 
     path = footer.path
+    wanted = slice(0, footer.rows) if wanted is None else wanted
     plain = list(dict.fromkeys([names.label, *metadata]))
     if footer.id_column is not None and footer.id_column not in plain:
         plain.append(footer.id_column)
     pieces: dict[str, list[Any]] = {name: [] for name in plain}
     done = 0
     with _opened(path) as file:
-        for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=[names.embedding, *plain]):
+        for batch in _batches(file, names.embedding, plain, wanted):
             batch.validate(full=True)  # Offsets and texts of a file that others wrote.
             rows = len(batch)
             if done + rows > footer.rows:
                 raise UsageError(f"{path} has more rows than the {footer.rows} of its footer")
-            block = into[done : done + rows]
-            _fill(path, batch.column(names.embedding), block, done)
+            start, stop = max(done, wanted.start), min(done + rows, wanted.stop)
+            if start < stop:
+                column = batch.column(names.embedding).slice(start - done, stop - start)
+                _fill(path, column, into[start - wanted.start : stop - wanted.start], start)
             for name in plain:
                 column = batch.column(name)
                 if name not in metadata and column.null_count:
@@ -219,6 +226,17 @@ def read_columns(
         name: pyarrow.chunked_array(found).combine_chunks() if found else pyarrow.array([])
         for name, found in pieces.items()
     }
+
+
+def _batches(file: Any, embedding: str, plain: Sequence[str], wanted: slice) -> Iterator[Any]:
+    """All rows; the column of embeddings is there where some are wanted, and around them."""
+    groups, starts = range(file.metadata.num_row_groups), [0]
+    for group in groups:
+        starts.append(starts[-1] + file.metadata.row_group(group).num_rows)
+    touched = [starts[g] < wanted.stop and wanted.start < starts[g + 1] for g in groups]
+    for is_touched, run in itertools.groupby(groups, touched.__getitem__):
+        columns = [embedding, *plain] if is_touched else list(plain)
+        yield from file.iter_batches(batch_size=_BATCH_ROWS, row_groups=list(run), columns=columns)
 
 
 def _plain(column: Any) -> Any:

@@ -15,13 +15,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64
 
 from dist_dml.data.parquet_files import write_parquet
+from dist_dml.data.plan import worker_slice
 from dist_dml.errors import UsageError
 from dist_dml.retrieval.embedding_columns import ColumnNames, read_footer
 from dist_dml.retrieval.embedding_numbering import RawTable, number_ids, number_labels
-from dist_dml.retrieval.embedding_raw import check_alike, files_of, read_raw, read_side_by_side
+from dist_dml.retrieval.embedding_raw import (
+    WHOLE,
+    Share,
+    check_alike,
+    files_of,
+    read_raw,
+    read_side_by_side,
+)
 from dist_dml.retrieval.embeddings import Embeddings
 
 
@@ -30,8 +38,11 @@ class EmbeddingTable:
     """What a file holds: row i of everything is one sample."""
 
     embeddings: Embeddings
-    """Labels are numbered 0, 1, ... in the order of `label_values`; ids are those of the file where
-    they are integers, else numbers of their own."""
+    """Of all rows, or of this worker's share of them. Labels are numbered 0, 1, ... in the order of
+    `label_values`; ids are those of the file where they are integers, else numbers of their own."""
+    labels: Int64[np.ndarray, " n"]
+    """Of all rows, and so is what follows."""
+    ids: Int64[np.ndarray, " n"]
     id_values: list[int] | list[str]
     """Ids as written, or row numbers."""
     label_values: list[int] | list[str]
@@ -44,16 +55,22 @@ class EmbeddingTable:
     """Whether the file has ids; else they are row numbers, and mean nothing in another file."""
 
     def __len__(self) -> int:
-        return len(self.embeddings)
+        return len(self.labels)
 
     @property
     def width(self) -> int:
         """`D`."""
         return self.embeddings.vectors.shape[1]
 
+    def share(self, rank: int, size: int) -> Embeddings:
+        """The embeddings of one worker, of a table that holds these or all."""
+        if len(self.embeddings) < len(self):
+            return self.embeddings
+        return self.embeddings.rows(worker_slice(len(self), rank, size))
+
     def label_of(self, row: int) -> int | str:
         """The label of a row, as written."""
-        return self.label_values[int(self.embeddings.labels[row])]
+        return self.label_values[int(self.labels[row])]
 
 
 def read_embeddings(
@@ -84,6 +101,7 @@ def read_pair(
     gallery: str | Path | Sequence[str | Path] | None,
     columns: ColumnNames | None = None,
     metadata: Sequence[str] | None = None,
+    share: Share = WHOLE,
 ) -> tuple[EmbeddingTable, EmbeddingTable | None]:
     """Read queries and gallery, whose labels and ids are numbered together.
 
@@ -97,13 +115,15 @@ def read_pair(
         gallery: likewise; None: the queries are searched among themselves.
         columns: how the columns are called, in both.
         metadata: which other columns to read; those that one of the files lacks are left out there.
+        share: which of how many workers' embeddings are read, in contiguous parts of the rows;
+            the other columns are read whole, so that all workers number alike.
 
     Raises:
         UsageError: see `read_embeddings`; also for other widths, labels or ids of another type, an
             id with two labels, numbers of different data sets, and one file as both.
     """
     names = columns or ColumnNames()
-    first = read_side_by_side(_paths(queries), names, metadata)
+    first = read_side_by_side(_paths(queries), names, metadata, share)
     if gallery is None:
         return _number(first, None)[0], None
     if [path.resolve() for path in _paths(queries)] == [path.resolve() for path in _paths(gallery)]:
@@ -111,7 +131,7 @@ def read_pair(
             f"{first.path} is given as queries and as gallery; leave the gallery out to search the "
             "queries among themselves, each without itself"
         )
-    second = read_side_by_side(_paths(gallery), names, metadata)
+    second = read_side_by_side(_paths(gallery), names, metadata, share)
     widths = first.vectors.shape[1], second.vectors.shape[1]
     if widths[0] != widths[1]:
         raise UsageError(
@@ -204,8 +224,10 @@ def _number(
     ids = number_ids(raws)
     tables = [
         EmbeddingTable(
-            embeddings=Embeddings(raw.vectors, labels[i], ids[i]),
-            id_values=list(range(len(raw.vectors))) if raw.ids is None else raw.ids.to_pylist(),
+            embeddings=Embeddings(raw.vectors, labels[i][raw.rows], ids[i][raw.rows]),
+            labels=labels[i],
+            ids=ids[i],
+            id_values=list(range(len(raw.labels))) if raw.ids is None else raw.ids.to_pylist(),
             label_values=values,
             metadata=raw.metadata,
             facts=raw.facts,
@@ -232,9 +254,9 @@ def _check_labels_of_common_ids(
     queries: EmbeddingTable, gallery: EmbeddingTable, paths: tuple[str, str]
 ) -> None:
     _, here, there = np.intersect1d(
-        queries.embeddings.ids, gallery.embeddings.ids, assume_unique=True, return_indices=True
+        queries.ids, gallery.ids, assume_unique=True, return_indices=True
     )
-    differ = queries.embeddings.labels[here] != gallery.embeddings.labels[there]
+    differ = queries.labels[here] != gallery.labels[there]
     if differ.any():
         row, other = int(here[differ.argmax()]), int(there[differ.argmax()])
         raise UsageError(

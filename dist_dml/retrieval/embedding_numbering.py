@@ -20,6 +20,8 @@ class RawTable:
 
     path: Path
     vectors: np.ndarray
+    """Of `rows`; everything else is of all rows."""
+    rows: slice
     ids: Any
     """A pyarrow array, or None."""
     labels: Any
@@ -84,7 +86,7 @@ def number_ids(raws: Sequence[RawTable]) -> list[Int64[np.ndarray, " _"]]:
         for raw in raws:
             if raw.ids is not None:
                 number_ids([raw])
-        starts = np.cumsum([0, *(len(raw.vectors) for raw in raws)])
+        starts = np.cumsum([0, *(len(raw.labels) for raw in raws)])
         return [np.arange(a, b) for a, b in itertools.pairwise(starts.tolist())]
     if raws[0].id_kind == "int":
         # pyarrow's own memory is read-only, which torch warns of.

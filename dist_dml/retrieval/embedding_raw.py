@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from dist_dml.data.plan import worker_slice
 from dist_dml.data.progress import ProgressLine
 from dist_dml.errors import UsageError
 from dist_dml.retrieval.distances import unit_length
@@ -26,12 +27,18 @@ from dist_dml.retrieval.embedding_numbering import (
 )
 from dist_dml.usable import usable_memory
 
+Share = tuple[int, int]
+"""Which of how many parts of the rows' embeddings a worker reads."""
+WHOLE: Share = (0, 1)
 _SHOWN_FROM_BYTES = 2**29
 """Half a gigabyte takes some seconds to read."""
 
 
 def read_side_by_side(
-    paths: Sequence[Path], names: ColumnNames, metadata: Sequence[str] | None
+    paths: Sequence[Path],
+    names: ColumnNames,
+    metadata: Sequence[str] | None,
+    share: Share = WHOLE,
 ) -> RawTable:
     """The same samples embedded by several models, as one: each at length 1, and the whole again.
 
@@ -41,9 +48,17 @@ def read_side_by_side(
 
     Raises:
         UsageError: as `embedding_files.read_embeddings`, or the files do not hold the same samples:
-            ids that are missing, more or of another type, other labels, no ids.
+            ids that are missing, more or of another type, other labels, no ids; or a share is
+            asked for of several: their rows are in different orders.
     """
-    tables = [read_raw(path, names, metadata if i == 0 else []) for i, path in enumerate(paths)]
+    if len(paths) > 1 and share != WHOLE:
+        raise UsageError(
+            f"{len(paths)} models side by side are brought in order by one process; start it "
+            "without a launcher"
+        )
+    tables = [
+        read_raw(path, names, metadata if i == 0 else [], share) for i, path in enumerate(paths)
+    ]
     first = tables[0]
     if len(tables) == 1:
         return first
@@ -103,21 +118,27 @@ def _rows_in_order(first: RawTable, other: RawTable) -> np.ndarray:
     return rows
 
 
-def read_raw(path: Path, names: ColumnNames, metadata: Sequence[str] | None) -> RawTable:
+def read_raw(
+    path: Path, names: ColumnNames, metadata: Sequence[str] | None, share: Share = WHOLE
+) -> RawTable:
     """Read a file or a folder; arguments and errors as of `embedding_files.read_embeddings`."""
     files, facts = files_of(path)
     footers = [read_footer(file, names) for file in files]
     first = check_alike(footers, path)
     rows = sum(footer.rows for footer in footers)
     chosen = [name for name in first.metadata if metadata is None or name in metadata]
-    _check_memory(path, rows, first.width)
-    vectors = np.empty((rows, first.width), dtype=np.float32)
+    own = worker_slice(rows, *share)
+    _check_memory(path, own.stop - own.start, first.width)
+    vectors = np.empty((own.stop - own.start, first.width), dtype=np.float32)
     is_long = vectors.nbytes >= _SHOWN_FROM_BYTES
     progress = ProgressLine(f"read {path.name}", rows, "embeddings") if is_long else None
     parts: list[dict[str, Any]] = []
     done = 0
     for footer in footers:
-        parts.append(read_columns(footer, names, chosen, vectors[done : done + footer.rows]))
+        wanted = slice(*(min(max(end - done, 0), footer.rows) for end in (own.start, own.stop)))
+        place = max(done - own.start, 0)
+        block = vectors[place : place + wanted.stop - wanted.start]
+        parts.append(read_columns(footer, names, chosen, block, wanted))
         done += footer.rows
         if progress:
             progress.advance(footer.rows)
@@ -127,6 +148,7 @@ def read_raw(path: Path, names: ColumnNames, metadata: Sequence[str] | None) -> 
     return RawTable(
         path=path,
         vectors=vectors,
+        rows=own,
         ids=join_columns(parts, first.id_column, first.id_kind, path) if first.id_column else None,
         labels=join_columns(parts, names.label, first.label_kind, path),
         metadata={

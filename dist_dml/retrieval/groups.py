@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import Float64, Int64, Shaped
 
 from dist_dml.errors import UsageError
-from dist_dml.retrieval.embeddings import Embeddings
 from dist_dml.retrieval.metrics import QueryScores, reciprocal_ranks
 
 
@@ -153,9 +152,15 @@ def scores_by_class_size(queries: QueryScores, sizes: Int64[np.ndarray, " q"]) -
     return scores_by_group(queries, bits, names)
 
 
-def class_sizes(queries: Embeddings, gallery: Embeddings | None = None) -> Int64[np.ndarray, " q"]:
-    """Gallery items of each query's class, the query itself among them if it is one."""
-    labels = queries.labels if gallery is None else gallery.labels
-    classes, counts = np.unique(labels, return_counts=True)
-    place = np.searchsorted(classes, queries.labels).clip(max=len(classes) - 1)
-    return np.where(classes[place] == queries.labels, counts[place], 0)
+def class_sizes(
+    labels: Int64[np.ndarray, " q"], of_gallery: Int64[np.ndarray, " g"] | None = None
+) -> Int64[np.ndarray, " q"]:
+    """Gallery items of each query's class, the query itself among them if it is one.
+
+    Args:
+        labels: of the queries.
+        of_gallery: labels of the gallery's items; None: the queries are searched.
+    """
+    classes, counts = np.unique(labels if of_gallery is None else of_gallery, return_counts=True)
+    place = np.searchsorted(classes, labels).clip(max=len(classes) - 1)
+    return np.where(classes[place] == labels, counts[place], 0)

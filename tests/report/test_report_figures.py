@@ -67,7 +67,7 @@ def test_perfect_neighbours_and_lone_queries_make_no_confusion() -> None:
 
 def test_class_points_are_means_of_classes_and_the_figure_takes_groups_without_scores() -> None:
     samples = some_embeddings(1)
-    scores, sizes = scores_of(samples), class_sizes(samples)
+    scores, sizes = scores_of(samples), class_sizes(samples.labels)
     points = class_points(scores, sizes)
     for place, label in enumerate(points.labels):
         own = (samples.labels == label) & scores.has_match

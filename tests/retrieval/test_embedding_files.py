@@ -287,3 +287,43 @@ def test_numbers_of_different_data_sets_are_not_compared_and_names_are(tmp_path:
     assert queries.embeddings.labels.tolist() == [1, 0]
     assert gallery.embeddings.labels.tolist() == [2, 0]
     assert not set(queries.embeddings.ids.tolist()) & set(gallery.embeddings.ids.tolist())
+
+
+@pytest.mark.parametrize("workers", [2, 3, 7])
+def test_shares_are_the_rows_of_the_whole_with_the_same_numbers(
+    workers: int, tmp_path: Path
+) -> None:
+    """Groups of 8 rows: most shares begin and end within one."""
+    draw = np.random.default_rng(1)
+    for name, rows in (("a", 37), ("b", 0), ("c", 22)):
+        table = {
+            "id": pa.array([f"{name}{i}" for i in range(rows)], pa.string()),
+            "label": pa.array([f"l{i % 5}" for i in range(rows)], pa.string()),
+            "embedding": pa.array(list(draw.normal(size=(rows, 3))), pa.list_(pa.float64())),
+            "place": pa.array(range(rows), pa.int64()),
+        }
+        (tmp_path / "q").mkdir(exist_ok=True)
+        pq.write_table(pa.table(table), tmp_path / "q" / f"{name}.parquet", row_group_size=8)
+    gallery = tmp_path / "g.parquet"
+    vectors = draw.normal(size=(5, 3)).astype(np.float32)
+    write_embeddings(gallery, [*"vwxyz"], ["l9", "l1", "l0", "l1", "l3"], vectors)
+    whole = read_pair(tmp_path / "q", gallery)
+    shares = [read_pair(tmp_path / "q", gallery, share=(rank, workers)) for rank in range(workers)]
+    for which in (0, 1):
+        every = whole[which]
+        assert every is not None
+        parts = [share[which] for share in shares]
+        for name in ("vectors", "labels", "ids"):
+            joined = np.concatenate([getattr(part.embeddings, name) for part in parts if part])
+            assert np.array_equal(joined, getattr(every.embeddings, name)), name
+        for rank, part in enumerate(parts):
+            assert part is not None
+            assert len(part) == len(every)
+            assert part.metadata == every.metadata
+            assert np.array_equal(part.ids, every.ids)
+            assert np.array_equal(part.labels, every.labels)
+            for table in (part, every):
+                own = table.share(rank, workers)
+                assert np.array_equal(own.vectors, part.embeddings.vectors)
+    with pytest.raises(UsageError, match="2 models side by side are brought in order by one pro"):
+        read_pair([tmp_path / "q", tmp_path / "q"], None, share=(0, 2))

@@ -166,14 +166,14 @@ def test_sizes_of_classes_are_binned_by_powers_of_two() -> None:
     counts = [1, 2, 3, 4, 7, 8, 16]
     labels = np.repeat(np.arange(7), counts)
     base = samples(noisy(5, sum(counts), 4).vectors, labels)
-    sizes = class_sizes(base)
+    sizes = class_sizes(base.labels)
     np.testing.assert_array_equal(sizes, np.repeat(counts, counts))
     queries = score_everything(base, None, L2, OPTIONS).queries
     rows = scores_by_class_size(queries, sizes)
     found = [(row.name, row.num_queries, row.num_classes) for row in rows]
     assert found == [("1", 1, 1), ("2-3", 5, 2), ("4-7", 11, 2), ("8-15", 8, 1), ("16-31", 16, 1)]
     gallery = base.rows(np.flatnonzero(labels != 3))
-    absent = class_sizes(base, gallery)
+    absent = class_sizes(base.labels, gallery.labels)
     assert absent[labels == 3].tolist() == [0] * 4
     assert scores_by_class_size(queries, absent)[0].name == "0"
 
