@@ -43,16 +43,15 @@ class EmbeddingTable:
     labels: Int64[np.ndarray, " n"]
     """Of all rows, and so is what follows."""
     ids: Int64[np.ndarray, " n"]
-    id_values: list[int] | list[str]
-    """Ids as written, or row numbers."""
     label_values: list[int] | list[str]
     """Labels as written, sorted, by label number."""
     metadata: dict[str, list[Any]] = field(default_factory=dict)
     """Other columns, by name; None where they are null."""
     facts: dict[str, str] = field(default_factory=dict)
     """What made the file, as it says; may be empty."""
-    has_ids: bool = True
-    """Whether the file has ids; else they are row numbers, and mean nothing in another file."""
+    written_ids: Any = None
+    """The file's ids as a pyarrow array; None: they are row numbers, and mean nothing in another
+    file."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -61,6 +60,18 @@ class EmbeddingTable:
     def width(self) -> int:
         """`D`."""
         return self.embeddings.vectors.shape[1]
+
+    @property
+    def has_ids(self) -> bool:
+        """Whether the file has ids."""
+        return self.written_ids is not None
+
+    @property
+    def id_values(self) -> list[int] | list[str]:
+        """Ids as written, or row numbers; made anew, 10 times as large as the column."""
+        if self.written_ids is None:
+            return list(range(len(self)))
+        return self.written_ids.to_pylist()
 
     def share(self, rank: int, size: int) -> Embeddings:
         """The embeddings of one worker, of a table that holds these or all."""
@@ -227,11 +238,10 @@ def _number(
             embeddings=Embeddings(raw.vectors, labels[i][raw.rows], ids[i][raw.rows]),
             labels=labels[i],
             ids=ids[i],
-            id_values=list(range(len(raw.labels))) if raw.ids is None else raw.ids.to_pylist(),
             label_values=values,
             metadata=raw.metadata,
             facts=raw.facts,
-            has_ids=raw.ids is not None,
+            written_ids=raw.ids,
         )
         for i, raw in enumerate(raws)
     ]
@@ -259,8 +269,9 @@ def _check_labels_of_common_ids(
     differ = queries.labels[here] != gallery.labels[there]
     if differ.any():
         row, other = int(here[differ.argmax()]), int(there[differ.argmax()])
+        sample = queries.written_ids[row].as_py()
         raise UsageError(
-            f"id {queries.id_values[row]!r:.80} has label {queries.label_of(row)!r:.80} in "
+            f"id {sample!r:.80} has label {queries.label_of(row)!r:.80} in "
             f"{paths[0]} and {gallery.label_of(other)!r:.80} in {paths[1]}; an id in both names "
             "the same sample"
         )

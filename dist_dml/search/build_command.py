@@ -195,7 +195,8 @@ def _queries(arguments: argparse.Namespace, gallery: Gallery) -> tuple[Embedding
     number = {name: i for i, name in enumerate(gallery.label_names)}
     known = [number.setdefault(str(name), len(number)) for name in read.label_values]
     labels = np.array(known, dtype=np.int64)[read.embeddings.labels[rows]]
-    ids = _ids_beside(gallery, [read.id_values[row] for row in rows] if read.has_ids else [])
+    written = read.id_values if read.has_ids else []
+    ids = _ids_beside(gallery, [written[row] for row in rows] if written else [])
     ids = ids if len(ids) else np.arange(len(rows)) + own.ids.max() + 1
     return Embeddings(
         read.embeddings.vectors[rows], labels, ids
