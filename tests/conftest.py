@@ -8,6 +8,14 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # torch reads it when it is imported. Two processes of two threads each on two cores spend half
+    # of their time waiting for one another's threads. Tests of threads set their own number.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # Ray's workers would yield to the other process's tests.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+
 import torch
 
 if TYPE_CHECKING:

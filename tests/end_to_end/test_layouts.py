@@ -11,7 +11,6 @@ pytestmark = pytest.mark.slow
 LAYOUTS = [
     ("torchrun", 2, ""),
     ("by hand", 3, ""),
-    ("by hand", 2, ""),
     ("deepspeed by hand", 1, "engine.zero_stage=0"),
     ("deepspeed by hand", 2, "engine.zero_stage=1"),
     ("deepspeed", 2, "engine.zero_stage=2"),

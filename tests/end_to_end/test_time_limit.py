@@ -36,8 +36,10 @@ def test_time_ends_a_training_of_two_workers_and_more_time_continues_it_on_one(
     # The checkpoint and the evaluation are of the last step that was trained.
     assert max(launcher.losses("timed")) == ended["step"] < 200_000
     fallen = rates(folder)
-    assert fallen[0] == pytest.approx(0.05, rel=0.2)
-    assert fallen[-1] < 0.25 * fallen[0]
+    # By the time that had passed when a step began, which a slow machine's steps are part of.
+    assert 0.04 < fallen[0] <= 0.05
+    assert fallen == sorted(fallen, reverse=True)
+    assert fallen[-1] < 0.9 * fallen[0]
 
     again = launcher.run("by hand", 2, *words, "training.max_seconds=2", "--resume", "auto")
     assert again.exit_code == 0, again.output
