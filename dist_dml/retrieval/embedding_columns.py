@@ -211,6 +211,8 @@ def read_columns(
                 raise UsageError(f"{path} has more rows than the {footer.rows} of its footer")
             start, stop = max(done, wanted.start), min(done + rows, wanted.stop)
             if start < stop:
+                if names.embedding not in batch.schema.names:
+                    raise UsageError(f"{path} has other groups of rows than its footer says")
                 column = batch.column(names.embedding).slice(start - done, stop - start)
                 _fill(path, column, into[start - wanted.start : stop - wanted.start], start)
             for name in plain:

@@ -68,7 +68,7 @@ class EmbeddingTable:
 
     @property
     def id_values(self) -> list[int] | list[str]:
-        """Ids as written, or row numbers; made anew, 10 times as large as the column."""
+        """Ids as written, or row numbers: objects of Python, made anew at each call."""
         if self.written_ids is None:
             return list(range(len(self)))
         return self.written_ids.to_pylist()

@@ -327,3 +327,18 @@ def test_shares_are_the_rows_of_the_whole_with_the_same_numbers(
                 assert np.array_equal(own.vectors, part.embeddings.vectors)
     with pytest.raises(UsageError, match="2 models side by side are brought in order by one pro"):
         read_pair([tmp_path / "q", tmp_path / "q"], None, share=(0, 2))
+
+
+def test_groups_of_rows_that_are_not_as_the_footer_says_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.parquet"
+    write_embeddings(path, range(8), range(8), np.ones((8, 2), np.float32))
+    plain = embedding_columns._batches
+
+    def shifted(file: Any, embedding: str, columns: Any, wanted: slice) -> Any:
+        return plain(file, embedding, columns, slice(8, 8))
+
+    monkeypatch.setattr(embedding_columns, "_batches", shifted)
+    with pytest.raises(UsageError, match="other groups of rows than its footer"):
+        read_embeddings(path)
